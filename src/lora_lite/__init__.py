@@ -1,0 +1,78 @@
+"""lora-lite: write, verify, compare, steer and ship small adapters for frozen PyTorch models.
+
+import lora_lite as ll
+"""
+
+from importlib.metadata import version as _version
+from typing import Any
+
+from lora_lite.adapter import Adapter, register, variants
+from lora_lite.attach import Attachment, attach, attachment, base_state_dict, detach
+from lora_lite.check import CheckReport, check
+from lora_lite.checkpoint import load, save
+from lora_lite.config import AdapterConfig
+from lora_lite.dense import Merged, merge, merged_weights, unmerge
+from lora_lite.errors import (
+    BaseMismatchError,
+    CalibrationError,
+    CheckError,
+    CheckpointError,
+    CoefficientError,
+    LoraLiteError,
+    LoraLiteWarning,
+    NotAffineError,
+    StateError,
+    TargetError,
+)
+from lora_lite.optim import param_groups
+from lora_lite.state import disabled, scale
+
+__version__ = _version("lora-lite")
+
+__all__ = [
+    "Adapter",
+    "AdapterConfig",
+    "Attachment",
+    "BaseMismatchError",
+    "CalibrationError",
+    "CheckError",
+    "CheckReport",
+    "CheckpointError",
+    "CoefficientError",
+    "LoraLiteError",
+    "LoraLiteWarning",
+    "Merged",
+    "NotAffineError",
+    "StateError",
+    "TargetError",
+    "attach",
+    "attachment",
+    "base_state_dict",
+    "check",
+    "detach",
+    "disabled",
+    "load",
+    "merge",
+    "merged_weights",
+    "param_groups",
+    "register",
+    "save",
+    "scale",
+    "unmerge",
+    "variants",
+]
+
+
+def _configs() -> dict[str, type[AdapterConfig]]:
+    return {cls.Config.__name__: cls.Config for cls in variants().values()}
+
+
+def __getattr__(name: str) -> Any:
+    # Every registered method's config class is a name of this package; a list of them here would be a second one.
+    if name.endswith("Config") and name in (configs := _configs()):
+        return configs[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_configs()])

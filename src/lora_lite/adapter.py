@@ -1,0 +1,207 @@
+"""What an adapter is: a small module under its target layer, and the registry of methods."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lora_lite.config import AdapterConfig
+
+# What `change` returns: the change itself, or the factors (h, B) of a low-rank one, to be added as h B^T; None: nothing.
+Change = Float[Tensor, "*b o"] | tuple[Float[Tensor, "*b r"], Float[Tensor, "o r"]] | None
+
+
+def cast(tensor: Tensor, like: Tensor) -> Tensor:
+    """`tensor` in the dtype of the activation `like`."""
+    return tensor.to(like.dtype)
+
+
+def scaled(h: Tensor, c: Tensor) -> Tensor:
+    """h * c, multiplied in fp32 (fp64 for fp64) and rounded once to h's dtype, so that every form of c gives the same bits."""
+    wide = torch.promote_types(h.dtype, torch.float32)
+    return (h.to(wide) * c.to(wide)).to(h.dtype)
+
+
+def add_lowrank(y: Float[Tensor, "*b o"], h: Float[Tensor, "*b r"], B: Float[Tensor, "o r"]) -> Float[Tensor, "*b o"]:
+    """y + h B^T, in one pass over y."""
+    out = torch.addmm(y.reshape(-1, y.shape[-1]), cast(h, y).reshape(-1, h.shape[-1]), cast(B, y).T)
+    return cast(out, y).reshape(y.shape)
+
+
+def full_precision(device: torch.device) -> torch.autocast:
+    """A context in which autocast leaves arithmetic between parameters alone."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def kaiming_uniform_(tensor: Tensor, rng: torch.Generator) -> Tensor:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), `nn.Linear`'s own initialisation (kaiming with a = sqrt 5)."""
+    return nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=rng)
+
+
+class Adapter(nn.Module):
+    """Base class of the methods. It hangs under its layer as `layer.lora[name]` and never stores the layer.
+
+    A method defines `__init__(cfg, i, o)` (shapes only, so that it works on the meta device), `init` (values) and at
+    least one of `before` (of the input) and `change` (of the output). Everything else follows from `register`.
+    """
+
+    # Facts, set by `register`.
+    name: ClassVar[str]
+    Config: ClassVar[type[AdapterConfig]]
+    title: ClassVar[str]
+    arxiv: ClassVar[str]
+    affine: ClassVar[bool]
+    trained: ClassVar[bool]
+    lr: ClassVar[float]
+    lr_range: ClassVar[tuple[float, float]]
+    decay: ClassVar[tuple[str, ...]]
+    lora_plus: ClassVar[tuple[str, ...]]
+
+    before: Callable[..., Tensor] | None = None
+    """`before(x (*b, i), layer, c) -> x' (*b, i)`: what the layer reads instead of x. None: x itself."""
+
+    def __init__(self, cfg: AdapterConfig) -> None:
+        super().__init__()
+        self.cfg: Any = cfg
+        self.dial: Any = None
+
+    @classmethod
+    def tiny(cls) -> AdapterConfig:
+        """A small config, for tests."""
+        return cls.Config() if "r" in cls.Config.unused else cls.Config(r=2)
+
+    @classmethod
+    def acts(cls) -> str:
+        """Where the method acts: "before" W (on the input) or "after" W (on the output)."""
+        return "after" if cls.before is None else "before"
+
+    @classmethod
+    def needs(cls, cfg: Any) -> frozenset[str]:
+        """Names of the statistics of `stats.py` that `init` reads. Empty: no calibration."""
+        return frozenset()
+
+    @classmethod
+    def identity_bound(cls, cfg: Any, dtype: torch.dtype = torch.float32) -> float:
+        """Largest |y' - y| / max |y| of one layer right after attach, in a base of `dtype`. 0: exact."""
+        return 0.0
+
+    @classmethod
+    def plan(cls, cfg: Any, shapes: Mapping[str, tuple[int, int]], stats: Mapping[str, Any]) -> dict[str, Any]:
+        """The config of each target, by path. A path left out gets no adapter."""
+        return dict.fromkeys(shapes, cfg)
+
+    def parameter(self, *shape: int, fill: float = 0.0) -> nn.Parameter:
+        """A trained tensor in the config's dtype."""
+        return nn.Parameter(torch.full(shape, fill, dtype=self.cfg.dtype))
+
+    def frozen(self, name: str, *shape: int) -> None:
+        """Register a tensor that is stored in the file but not trained."""
+        self.register_buffer(name, torch.zeros(shape, dtype=self.cfg.dtype))
+
+    def derived(self, name: str, value: Tensor | None = None) -> None:
+        """Register or set a tensor that `derive` rebuilds after load, so that no file holds it."""
+        self.register_buffer(name, value, persistent=False)
+
+    def init(self, layer: nn.Module, stats: Any, rng: torch.Generator) -> None:
+        """Fill the tensors, on the CPU; called by `attach` only, after calibration. Zeros need nothing."""
+
+    def derive(self, layer: nn.Module) -> None:
+        """Rebuild the `derived` tensors from the stored ones and the layer, by at most one matmul."""
+
+    def change(self, x: Tensor, y: Tensor, layer: nn.Module, c: Tensor) -> Any:
+        """The change of the layer's output y, for its input x, at coefficient c (see `Change`)."""
+        return None
+
+    def forward(self, x: Tensor, y: Tensor | None, layer: nn.Module, c: Tensor) -> Any:
+        """`before` when y is None, else `change`; the hooks call the module so that its own hooks fire."""
+        if y is None:
+            assert self.before is not None
+            return self.before(x, layer, c)
+        return self.change(x, y, layer, c)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Adapter":
+        """Follow the model's device, not its dtype: 16-bit steps near 1 are too wide for an adapter to learn."""
+
+        def device_only(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(device_only, recurse)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{key}={tuple(value.shape)}" for key, value in self.state_dict().items())
+
+
+_REGISTRY: dict[str, type[Adapter]] = {}
+AdapterClass = TypeVar("AdapterClass", bound=type[Adapter])
+
+
+def register(
+    name: str,
+    Config: type[AdapterConfig],
+    *,
+    title: str,
+    arxiv: str,
+    lr: float,
+    lr_range: tuple[float, float],
+    affine: bool = True,
+    trained: bool = True,
+    decay: tuple[str, ...] = (),
+    lora_plus: tuple[str, ...] = (),
+) -> Callable[[AdapterClass], AdapterClass]:
+    """Class decorator that makes an `Adapter` known as `name`, keyed by its config's type.
+
+    Args:
+        name: registry name, used in files and on the command line.
+        Config: its config class; one method each.
+        title, arxiv: the paper.
+        lr, lr_range: default learning rate, and the range worth searching.
+        affine: whether the adapted layer is an affine function of its input, so that it merges.
+        trained: False for a method whose tensors are computed, not trained.
+        decay: tensors whose zero means "no change", so that weight decay makes sense.
+        lora_plus: tensors that LoRA+ trains at a larger learning rate.
+    Raises:
+        ValueError: the name or the config class is taken by another class.
+    """
+
+    def decorate(cls: AdapterClass) -> AdapterClass:
+        for other in _REGISTRY.values():
+            same = (other.__module__, other.__qualname__) == (cls.__module__, cls.__qualname__)
+            if not same and (other.name == name or other.Config is Config):
+                raise ValueError(f"register({name!r}, {Config.__name__}): already taken by {other.__qualname__}")
+        facts = {
+            "title": title, "arxiv": arxiv, "affine": affine, "trained": trained, "lr": lr, "lr_range": lr_range,
+            "decay": decay, "lora_plus": lora_plus, "name": name, "Config": Config,
+        }  # fmt: skip
+        for fact, value in facts.items():
+            setattr(cls, fact, value)
+        _REGISTRY[name] = cls
+        return cls
+
+    return decorate
+
+
+def variants() -> dict[str, type[Adapter]]:
+    """The registered methods, by name."""
+    import lora_lite.variants  # noqa: F401  (importing the folder registers what is in it)
+
+    return dict(sorted(_REGISTRY.items()))
+
+
+def variant_of(cfg: AdapterConfig) -> type[Adapter]:
+    """The method whose config `cfg` is. Raises `ValueError` for a config that no method registered."""
+    known = variants()
+    for cls in known.values():
+        if cls.Config is type(cfg):
+            return cls
+    names = ", ".join(cls.Config.__name__ for cls in known.values())
+    raise ValueError(f"{type(cfg).__name__} is no registered config; the registered ones are {names}")
+
+
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """Inverted dropout; x itself when p = 0 or out of training."""
+    return F.dropout(x, p) if p and training else x

@@ -1,0 +1,335 @@
+"""Attach adapters to a model, take them off again, and the record of what is attached."""
+
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lite.adapter import Adapter, variant_of
+from lora_lite.config import AdapterConfig
+from lora_lite.errors import LoraLiteWarning, StateError, TargetError
+from lora_lite.hooks import hook_layer, hook_root
+from lora_lite.linear import execution_device, is_sharded, shape
+from lora_lite.state import ROOT, Attached, Dial, State, adapters_of, find_root, refuse_merged, root_of
+from lora_lite.stats import Statistics, broadcast, calibrate, generator
+from lora_lite.targets import near_misses, select, uncovered
+
+ADAPTER_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
+WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule")
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """What is attached under one name.
+
+    Attributes:
+        name: the adapter's name.
+        targets: module path -> adapter module.
+        also: names of the base parameters trained with it (`train_also`).
+    """
+
+    name: str
+    targets: dict[str, Adapter]
+    also: dict[str, nn.Parameter]
+    base_size: int
+    uncovered: dict[str, int]
+
+    @property
+    def num_trainable(self) -> int:
+        """Number of trained values, those of `train_also` included."""
+        tensors = [p for adapter in self.targets.values() for p in adapter.parameters()]
+        return sum(tensor.numel() for tensor in [*tensors, *self.also.values()])
+
+    @property
+    def num_frozen(self) -> int:
+        """Number of values that the adapters store but do not train (a basis, a norm)."""
+        return sum(tensor.numel() for adapter in self.targets.values() for tensor in stored_buffers(adapter).values())
+
+    def summary(self) -> str:
+        """A table: a line for each method and shape of layer, then the totals."""
+        groups: dict[tuple[Any, ...], list[str]] = {}
+        for path, adapter in self.targets.items():
+            tensors = ", ".join(f"{key} {tuple(value.shape)}" for key, value in adapter.state_dict().items())
+            groups.setdefault((adapter.name, re.sub(r"\d+", "*", path), tensors), []).append(path)
+        lines = [
+            f"{method:<16} {len(paths):>4} x {pattern:<44} {tensors}"
+            for (method, pattern, tensors), paths in groups.items()
+        ]
+        lines += [f"train_also        {name} {tuple(value.shape)}" for name, value in self.also.items()]
+        share = 100 * self.num_trainable / max(self.base_size, 1)
+        lines.append(
+            f"{self.name}: {self.num_trainable:,} trained ({share:.3g}% of the base's {self.base_size:,}), "
+            f"{self.num_frozen:,} stored frozen, {len(self.targets)} layers"
+        )
+        if self.uncovered:
+            part = 100 * sum(self.uncovered.values()) / max(self.base_size, 1)
+            lines.append(f"out of reach of hooks: {part:.3g}% of the base ({', '.join(list(self.uncovered)[:3])}, ...)")
+        return "\n".join(lines)
+
+
+def stored_buffers(adapter: Adapter) -> dict[str, Tensor]:
+    """The adapter's frozen tensors that a file holds, by name."""
+    parameters = dict(adapter.named_parameters())
+    return {key: value for key, value in adapter.state_dict().items() if key not in parameters}
+
+
+def attach(
+    model: nn.Module,
+    cfg: AdapterConfig | Sequence[AdapterConfig],
+    calibration_data: Iterable[Any] | None = None,
+    name: str = "default",
+    train_also: Sequence[str] = (),
+) -> Attachment:
+    """Hang adapters under the layers that `cfg` selects, freeze everything else, and change no output (law 2).
+
+    Args:
+        model: any module. Give the same one each time; compile, shard and wrap it afterwards.
+        cfg: a config, or several with disjoint targets (such as IA3 and IA3-FF), kept under one name.
+        calibration_data: batches for methods that need them (`variants()[...].needs(cfg)`): mappings (called as
+            `model(**batch)`, padding masked by `attention_mask`), tuples or tensors. Ignored, with a note, otherwise.
+        name: the adapter's name, `[A-Za-z_][A-Za-z0-9_-]*`.
+        train_also: regexes of parameter names outside the adapters (a head, an embedding) to train as well. They are
+            saved in the adapter's file and put back by `detach`; the coefficient does not turn them.
+    Returns:
+        The `Attachment`.
+    Raises:
+        TargetError: no target, or one that cannot carry an adapter.
+        StateError: the name is taken or not allowed, or the model is merged, wrapped, sharded or under inference mode.
+        CalibrationError: calibration data that is missing, empty or too short.
+        ValueError: a config that does not fit a layer's shape. After any error the model is as it was.
+    """
+    configs = [cfg] if isinstance(cfg, AdapterConfig) else list(cfg)
+    refuse_unready(model, name)
+    targets = select_all(model, configs)
+    also = find_train_also(model, targets, train_also)
+    layers = {path: layer for path, (layer, _) in targets.items()}
+    needs = {path: variant_of(configs[index]).needs(configs[index]) for path, (_, index) in targets.items()}
+    stats = calibrate(model, {path: layers[path] for path, need in needs.items() if need}, needs, calibration_data)
+    planned = _plan(configs, targets, stats)
+    built = {path: _build(planned[path], path, layers[path], stats.get(path)) for path in planned}
+    broadcast(built)
+    with torch.no_grad():
+        for path, adapter in built.items():
+            adapter.derive(layers[path])
+    indices = {path: index for path, (_, index) in targets.items() if path in built}
+    if missing := uncovered(model):
+        _warn_uncovered(missing)
+    return commit(
+        model, configs, name, {path: (layers[path], adapter) for path, adapter in built.items()}, indices, also
+    )
+
+
+def _warn_uncovered(missing: dict[str, int]) -> None:
+    import warnings
+
+    names = list(missing)
+    warnings.warn(
+        f"fused 3-D weights stay without an adapter, since no layer is called for them: {', '.join(names[:4])}"
+        f"{f' and {len(names) - 4} more' if len(names) > 4 else ''}",
+        LoraLiteWarning,
+        stacklevel=3,
+    )
+
+
+def refuse_unready(model: nn.Module, name: str) -> None:
+    """Raise a `StateError` that says why the model cannot take an adapter of that name, if so."""
+    if not ADAPTER_NAME.fullmatch(name) or hasattr(nn.ModuleDict(), name):
+        raise StateError(
+            f"adapter name {name!r}: must match {ADAPTER_NAME.pattern} and be no attribute of nn.ModuleDict"
+        )
+    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
+        raise StateError("the model is under torch.inference_mode, where nothing can be trained; leave it first")
+    for path, module in model.named_modules():
+        if any(cls.__name__ in WRAPPERS for cls in type(module).__mro__):
+            raise StateError(f"{path or 'the model'} is a {type(module).__name__}: attach first, then wrap or shard")
+    if sharded := next((key for key, p in model.named_parameters() if is_sharded(p)), None):
+        raise StateError(f"{sharded} is sharded: attach first, then shard (gradients would not be reduced)")
+    found = find_root(model)
+    if found is None:
+        if any(isinstance(module, Adapter) for module in model.modules()):
+            raise StateError("this module lies within one that has adapters: attach to that one")
+        return
+    root, state = found
+    if root is not model:
+        raise StateError(
+            f"adapters hang on the {type(root).__name__} within this model: pass the same module each time"
+        )
+    refuse_merged(state, "attach")
+    if name in state.adapters:
+        raise StateError(f"an adapter named {name!r} is attached already; detach it or choose another name")
+
+
+def select_all(model: nn.Module, configs: Sequence[AdapterConfig]) -> dict[str, tuple[nn.Module, int]]:
+    """The targets of all configs: path -> (layer, index of its config). Raises `TargetError` where they overlap."""
+    if not configs:
+        raise ValueError("attach needs at least one config")
+    targets: dict[str, tuple[nn.Module, int]] = {}
+    for index, cfg in enumerate(configs):
+        variant_of(cfg)
+        for path, layer in select(model, cfg).items():
+            if path in targets:
+                raise TargetError(f"{path} is selected by configs {targets[path][1]} and {index}; make them disjoint")
+            check_layer(path, layer)
+            targets[path] = (layer, index)
+    return targets
+
+
+def check_layer(path: str, layer: nn.Module) -> None:
+    """Refuse a layer that cannot carry an adapter."""
+    if layer.weight.is_meta:  # type: ignore[union-attr]
+        raise TargetError(
+            f"{path}: its weight is on the meta device (offloaded, or never loaded); keep targets in memory, or leave "
+            "this layer out with layers or exclude_names"
+        )
+    if "lora" not in layer._modules and hasattr(layer, "lora"):
+        raise TargetError(f"{path}: has an attribute 'lora' of its own; leave it out with exclude_names")
+
+
+def find_train_also(
+    model: nn.Module, targets: dict[str, tuple[nn.Module, int]], patterns: Sequence[str]
+) -> dict[str, nn.Parameter]:
+    """The base parameters that `train_also` names, by their (first) name; those of adapted layers are refused."""
+    if isinstance(patterns, str):
+        raise ValueError(f"train_also = {patterns!r}: must be a sequence of regexes, e.g. ('lm_head',)")
+    named = {key: p for key, p in model.named_parameters(remove_duplicate=False) if not _is_adapters(key, model)}
+    adapted = {id(p) for layer, _ in targets.values() for p in layer.parameters()}
+    found = find_root(model)
+    for attached in found[1].adapters.values() if found else ():
+        adapted |= {id(named[key]) for key in attached.originals}
+        adapted |= {id(p) for path in attached.targets for p in model.get_submodule(path).parameters()}
+    chosen: dict[int, tuple[str, nn.Parameter]] = {}
+    for pattern in patterns:
+        matching = {key: p for key, p in named.items() if re.search(pattern, key)}
+        if not matching:
+            raise TargetError(f"train_also: {pattern!r} matches no parameter; {near_misses(pattern, list(named))}")
+        for key, parameter in matching.items():
+            if id(parameter) in adapted or not parameter.is_floating_point():
+                raise TargetError(
+                    f"train_also: {key} belongs to an adapter already, or is quantised; narrow {pattern!r}"
+                )
+            chosen.setdefault(id(parameter), (key, parameter))  # a tied parameter counts once
+    return dict(chosen.values())
+
+
+def _is_adapters(key: str, model: nn.Module) -> bool:
+    """Whether the parameter `key` is an adapter's."""
+    head, found, _ = key.partition(".lora.")
+    return bool(found) and isinstance(getattr(model.get_submodule(head), "lora", None), nn.ModuleDict)
+
+
+def _plan(
+    configs: Sequence[AdapterConfig], targets: dict[str, tuple[nn.Module, int]], stats: dict[str, Statistics]
+) -> dict[str, AdapterConfig]:
+    planned: dict[str, AdapterConfig] = {}
+    for index, cfg in enumerate(configs):
+        shapes = {path: shape(layer) for path, (layer, of) in targets.items() if of == index}
+        planned |= variant_of(cfg).plan(cfg, shapes, {path: stats[path] for path in shapes if path in stats})
+    return {path: planned[path] for path in targets if path in planned}
+
+
+def _build(cfg: AdapterConfig, path: str, layer: nn.Module, stats: Statistics | None) -> Adapter:
+    try:
+        adapter = variant_of(cfg)(cfg, *shape(layer))  # type: ignore[call-arg]
+        with torch.no_grad():
+            adapter.init(layer, stats, generator(cfg.seed, path))
+            adapter.to(execution_device(layer))
+    except ValueError as error:
+        raise TargetError(f"{path}: {error}") from error
+    return adapter
+
+
+def commit(
+    model: nn.Module,
+    configs: Sequence[AdapterConfig],
+    name: str,
+    built: dict[str, tuple[nn.Module, Adapter]],
+    indices: dict[str, int],
+    also: dict[str, nn.Parameter],
+) -> Attachment:
+    """Hang finished adapters under their layers. Nothing here can fail, so that attach and load are all or nothing."""
+    state: State = model.__dict__.setdefault(ROOT, State())
+    if not state.adapters:
+        state.requires_grad = {key: p.requires_grad for key, p in model.named_parameters()}
+    for key, parameter in model.named_parameters():
+        if not _is_adapters(key, model) and not any(key in attached.originals for attached in state.adapters.values()):
+            parameter.requires_grad_(False)
+    originals = {key: parameter.detach().to("cpu", copy=True) for key, parameter in also.items()}
+    for parameter in also.values():
+        parameter.requires_grad_(True)
+    dial = Dial(name, state)
+    for layer, adapter in built.values():
+        adapter.dial = dial
+        adapter.train(layer.training)
+        if "lora" not in layer._modules:
+            layer.lora = nn.ModuleDict()
+        layer.lora[name] = adapter  # type: ignore[operator, index]
+        hook_layer(layer)
+    hook_root(model, True)
+    state.adapters[name] = Attached(list(configs), dial, indices, originals)
+    reset_compiler()
+    return attachment(model, name)
+
+
+def attachment(model: nn.Module, name: str = "default") -> Attachment:
+    """The `Attachment` of an adapter that is attached already. Raises `StateError` where there is none."""
+    root, state = root_of(model, name)
+    parameters = dict(root.named_parameters(remove_duplicate=False))
+    also = {key: parameters[key] for key in state.adapters[name].originals}
+    size = sum(p.numel() for key, p in root.named_parameters() if not _is_adapters(key, root))
+    return Attachment(name, adapters_of(root, name), also, size, uncovered(root))  # type: ignore[arg-type]
+
+
+def detach(model: nn.Module, name: str | None = None) -> None:
+    """Take off an adapter, or all (None): hooks, tensors and `train_also` changes.
+
+    The last one restores every parameter's `requires_grad`. Raises `StateError` where there is nothing of that name, or
+    while merged.
+    """
+    root, state = root_of(model, name)
+    refuse_merged(state, "detach")
+    parameters = dict(root.named_parameters(remove_duplicate=False))
+    for each in [name] if name is not None else list(state.adapters):
+        attached = state.adapters.pop(each)
+        for key, original in attached.originals.items():
+            with torch.no_grad():
+                parameters[key].copy_(original)
+            parameters[key].requires_grad_(False)
+        for module in list(root.modules()):
+            drop(module, each)
+    if not state.adapters:
+        release(root, state)
+    reset_compiler()
+
+
+def drop(layer: nn.Module, name: str) -> None:
+    """Remove the adapter `name` from a layer, if it has it."""
+    store = layer._modules.get("lora")
+    if isinstance(store, nn.ModuleDict) and name in store:
+        del store[name]
+        if len(store) == 0:
+            del layer._modules["lora"]
+        hook_layer(layer)
+
+
+def release(root: nn.Module, state: State) -> None:
+    """Forget the state of a root without adapters, and restore the flags of its parameters."""
+    hook_root(root, False)
+    for key, parameter in root.named_parameters():
+        if key in state.requires_grad and parameter.is_floating_point():
+            parameter.requires_grad_(state.requires_grad[key])
+    del root.__dict__[ROOT]
+
+
+def reset_compiler() -> None:
+    """Let compiled code see the change: torch ignores hooks that come or go after compilation."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
+def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state dict without adapters, e.g. for `save_pretrained(folder, state_dict=...)`."""
+    return {key: value for key, value in model.state_dict().items() if not _is_adapters(key, model)}

@@ -1,0 +1,119 @@
+"""What every adapter config shares: the fields, and the checks that run when one is made."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ROLES = ("reader", "writer", "inner")
+DEFAULT_EXCLUDE = ("lm_head", "embed_tokens")
+
+
+def require(ok: bool, config: object, field: str, allowed: str) -> None:
+    """Raise `ValueError` naming the config's field, its value and the allowed values, unless `ok`."""
+    if not ok:
+        raise ValueError(f"{type(config).__name__}.{field} = {getattr(config, field)!r}: must be {allowed}")
+
+
+def is_int(value: object, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+def is_number(value: object, low: float = -math.inf, high: float = math.inf) -> bool:
+    """A finite real number in [low, high]."""
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high
+    )
+
+
+def _strings(config: object, field: str) -> None:
+    """Normalise a tuple-of-strings field in place; a bare string is refused, for it would be read letter by letter."""
+    value = getattr(config, field)
+    ok = isinstance(value, Iterable) and not isinstance(value, str) and all(isinstance(v, str) for v in value)
+    require(ok, config, field, "a tuple of strings, e.g. ('q_proj', 'v_proj')")
+    object.__setattr__(config, field, tuple(value))
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Fields common to all methods. A config is frozen and checked when it is made.
+
+    Args:
+        r: rank, or number of directions. At least 1.
+        alpha: numerator of the scaling alpha / r. Finite.
+        dtype: dtype of the adapter's tensors, kept even when the model is cast.
+        target_names: regexes (`re.search` on the module path); a layer must match one. Empty: no filter.
+        target_roles: which of "reader" (d_model -> other), "writer" (other -> d_model), "inner" to adapt.
+            Empty: roles are not asked for.
+        exclude_names: regexes of module paths to leave out. "lm_head" and "embed_tokens" also stand for whatever the
+            model calls its output head and its input embedding.
+        layers: indices (the first integer in the module path) to adapt. None: all.
+        d_model: width of the residual stream; None: read from `model.config`.
+        seed: seeds the initial values, together with the path of the layer.
+    Raises:
+        ValueError: a field outside its allowed values, which the message lists.
+    """
+
+    r: int = 8
+    alpha: float = 16.0
+    dtype: torch.dtype = torch.float32
+    target_names: tuple[str, ...] = ()
+    target_roles: tuple[str, ...] = ("reader", "writer")
+    exclude_names: tuple[str, ...] = DEFAULT_EXCLUDE
+    layers: tuple[int, ...] | None = None
+    d_model: int | None = None
+    seed: int = 0
+
+    # Fields that a method has no use for: hidden from the command line, and a value other than the default is refused.
+    unused: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        require(is_int(self.r, 1), self, "r", "an integer >= 1")
+        require(is_number(self.alpha), self, "alpha", "a finite number")
+        require(self.dtype in DTYPES.values(), self, "dtype", f"one of {', '.join(map(str, DTYPES.values()))}")
+        for field in ("target_names", "target_roles", "exclude_names"):
+            _strings(self, field)
+        for field in ("target_names", "exclude_names"):
+            for pattern in getattr(self, field):
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ValueError(
+                        f"{type(self).__name__}.{field}: {pattern!r} must be a valid regular expression ({error})"
+                    ) from error
+        require(set(self.target_roles) <= set(ROLES), self, "target_roles", f"a subset of {ROLES}")
+        if self.layers is not None:
+            ok = isinstance(self.layers, Iterable) and all(is_int(index, 0) for index in self.layers)
+            require(ok and len(tuple(self.layers)) > 0, self, "layers", "None or a non-empty tuple of integers >= 0")
+            object.__setattr__(self, "layers", tuple(self.layers))
+        require(self.d_model is None or is_int(self.d_model, 1), self, "d_model", "None or an integer >= 1")
+        require(is_int(self.seed, 0), self, "seed", "an integer >= 0")
+        for field in dataclasses.fields(self):
+            if field.name in self.unused:
+                ok = getattr(self, field.name) == field.default
+                require(ok, self, field.name, f"left at {field.default!r}: this method has no such setting")
+
+    def replace(self, **changes: Any) -> "AdapterConfig":
+        """A copy with some fields changed, checked again."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; `from_dict` is its inverse."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {**values, "dtype": str(self.dtype).removeprefix("torch.")}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "AdapterConfig":
+        """The config that `to_dict` wrote. Unknown fields and dtypes raise `ValueError`."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - names):
+            raise ValueError(f"{cls.__name__}: unknown fields {unknown}; the fields are {sorted(names)}")
+        if (dtype := str(values.get("dtype", "float32"))) not in DTYPES:
+            raise ValueError(f"{cls.__name__}.dtype = {dtype!r}: must be one of {sorted(DTYPES)}")
+        as_tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return cls(**{**as_tuples, "dtype": DTYPES[dtype]})

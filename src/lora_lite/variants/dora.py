@@ -1,0 +1,68 @@
+"""DoRA. Liu et al. 2024, arXiv:2402.09353, eqs. 5 and 11.
+
+    y' = y + c [ (m/n - 1)(y - b) + (m/n) s B A x ]        n = ||W + s B A|| by row of W (o, i), held constant in backward
+                                                           A (r, i) kaiming, B (o, r) = 0, m (o) = ||W||
+
+The paper's columns are the rows of an (o, i) weight. n^2 expands to ||W||^2 + 2 s (W A^T) * B + s^2 (B A A^T) * B,
+summed over r, so that the (o, i) product B A is never formed.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lite.adapter import Adapter, add_lowrank, cast, dropout, full_precision, kaiming_uniform_, register, scaled
+from lora_lite.linear import bias, dense, is_quantized
+from lora_lite.variants.lora import LoRAConfig
+
+
+@dataclass(frozen=True)
+class DoRAConfig(LoRAConfig):
+    """DoRA: a LoRA and the magnitudes of W's rows. Dropout acts on the low-rank path alone, so that W runs only once;
+    the authors' code drops the input of the (m/n - 1) term too."""
+
+
+@register(
+    "dora",
+    DoRAConfig,
+    title="DoRA: Weight-Decomposed Low-Rank Adaptation",
+    arxiv="2402.09353",
+    lr=2e-4,
+    lr_range=(5e-5, 6e-4),
+    decay=("A", "B"),
+    lora_plus=("B",),
+)
+class DoRA(Adapter):
+    """Magnitude and direction of W's rows, trained apart. c multiplies the whole change; the bias is not scaled."""
+
+    def __init__(self, cfg: DoRAConfig, i: int, o: int) -> None:
+        super().__init__(cfg)
+        self.A = self.parameter(cfg.r, i)
+        self.B = self.parameter(o, cfg.r)
+        self.m = self.parameter(o)
+        self.frozen("W_norm2", o)
+
+    def init(self, layer: nn.Module, stats: Any, rng: torch.Generator) -> None:
+        kaiming_uniform_(self.A, rng)
+        self.W_norm2.copy_(dense(layer, torch.float64).square().sum(1))
+        self.m.copy_(self.W_norm2.sqrt())
+
+    @torch.no_grad()
+    def norm(self, layer: nn.Module) -> Tensor:
+        """n (o), from the stored ||W||^2, so that m / n is exactly 1 at first."""
+        s, A, B = self.cfg.scaling, self.A, self.B
+        with full_precision(A.device):
+            W = dense(layer, A.dtype if is_quantized(layer) or A.dtype == torch.float64 else None)
+            cross = ((W @ A.T.to(W.dtype)).to(A.dtype) * B).sum(1)
+            square = ((B @ (A @ A.T)) * B).sum(1)
+            return (self.W_norm2 + 2 * s * cross + s**2 * square).clamp(min=0).sqrt()
+
+    def change(self, x: Tensor, y: Tensor, layer: nn.Module, c: Tensor) -> Tensor:
+        gain = self.m / self.norm(layer)
+        b = bias(layer)
+        linear = y if b is None else y - cast(b, y)
+        h = dropout(x, self.cfg.dropout, self.training) @ cast(self.A, x).T
+        h = scaled(h, c * self.cfg.scaling)
+        return add_lowrank(linear * cast(scaled(gain - 1, c), y), h, gain.unsqueeze(1) * self.B)

@@ -1,0 +1,39 @@
+"""IA3 on keys and values. Liu et al. 2022, arXiv:2205.05638, section 3.3.
+
+y' = y + c (l - 1) * y        l (o) = 1
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from lora_lite.adapter import Adapter, cast, register, scaled
+from lora_lite.config import AdapterConfig
+
+
+@dataclass(frozen=True)
+class IA3Config(AdapterConfig):
+    """IA3 rescales the outputs of the key and value projections, under their usual names."""
+
+    target_names: tuple[str, ...] = (r"(^|[._])(k|v|key|value)(_proj|_lin)?$",)
+    target_roles: tuple[str, ...] = ()
+    unused = ("r", "alpha")
+
+
+@register(
+    "ia3",
+    IA3Config,
+    title="Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning",
+    arxiv="2205.05638",
+    lr=3e-3,
+    lr_range=(1e-3, 1e-2),
+)
+class IA3(Adapter):
+    """One gain for each output feature, bias included. c multiplies the gain's distance from 1."""
+
+    def __init__(self, cfg: IA3Config, i: int, o: int) -> None:
+        super().__init__(cfg)
+        self.l = self.parameter(o, fill=1.0)
+
+    def change(self, x: Tensor, y: Tensor, layer: nn.Module, c: Tensor) -> Tensor:
+        return y * cast(scaled(self.l - 1, c), y)

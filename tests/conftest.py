@@ -1,0 +1,34 @@
+"""Set-up shared by all tests. What must come before the first import of `lora_lite` is done as this file is read."""
+
+import os
+import sys
+
+import pytest
+import torch
+from hypothesis import settings
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may try the network; read when huggingface_hub is first imported
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores, and so do the processes that their tests start
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+# The same examples in every run. No deadline: a slow machine is no failure.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
+
+if os.environ.get("LORA_LITE_NO_TYPECHECK") != "1":  # fullgraph compilation does not survive the hook
+    from jaxtyping import install_import_hook
+
+    if "lora_lite" in sys.modules:
+        raise pytest.UsageError("lora_lite was imported before tests/conftest.py could install the type-checking hook")
+    install_import_hook("lora_lite", "beartype.beartype")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Turn our own warnings into errors.
+
+    Not in pyproject.toml: pytest would import the class before it reads this file, and so past the hook.
+    """
+    config.addinivalue_line("filterwarnings", "error::lora_lite.errors.LoraLiteWarning")

@@ -1,0 +1,80 @@
+"""Small models and the handful of operations that most tests share."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lora_lite as ll
+from lora_lite.adapter import Adapter
+
+METHODS = list(ll.variants())
+
+
+def tiny_llama(dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> nn.Module:
+    """A two-layer Llama with grouped-query attention (so that some layers are not square), in eval mode."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 61, "max_position_embeddings": 64, "pad_token_id": 0,
+    }  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(**{**settings, **changes}))
+    return model.to(dtype).eval()
+
+
+def token_ids(rows: int = 3, length: int = 7, vocab: int = 61, seed: int = 1) -> Tensor:
+    return torch.randint(1, vocab, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+class OneLayer(nn.Module):
+    """A model of one linear layer, called `layer`."""
+
+    def __init__(self, i: int, o: int, bias: bool = True, dtype: torch.dtype = torch.float64, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.layer = nn.Linear(i, o, bias=bias, dtype=torch.float64).to(dtype)
+            if bias:
+                nn.init.normal_(self.layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def tiny(method: str, **changes: Any) -> Any:
+    """The method's own small config, for any layer (names and roles not asked for)."""
+    return ll.variants()[method].tiny().replace(**{"target_names": (), "target_roles": (), **changes})
+
+
+def calibration(cfg: Any, batches: Iterable[Any]) -> Iterable[Any] | None:
+    """The batches, if the config's method needs any."""
+    cls = next(cls for cls in ll.variants().values() if cls.Config is type(cfg))
+    return batches if cls.needs(cfg) else None
+
+
+def perturb(adapters: Iterable[Adapter], size: float = 0.05, seed: int = 2) -> None:
+    """Move every trained tensor away from where it starts, as training would."""
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for adapter in adapters:
+            for p in adapter.parameters():
+                p.add_(size * torch.randn(p.shape, generator=rng, dtype=torch.float64).to(p))
+
+
+def bits(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of every parameter and buffer."""
+    return {key: value.detach().clone() for key, value in [*model.named_parameters(), *model.named_buffers()]}
+
+
+def same_bits(before: dict[str, Tensor], model: nn.Module) -> bool:
+    """Whether what `bits` saw is all there, unchanged."""
+    now = dict([*model.named_parameters(), *model.named_buffers()])
+    return all(key in now and torch.equal(value, now[key]) for key, value in before.items())
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
