@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_lite.config import AdapterConfig
 
-# What `change` returns: the change itself, or the factors (h, B) of a low-rank one, to be added as h B^T; None: nothing.
+# What `change` returns: the change itself, the factors (h, B) of a low-rank one, added as h B^T, or None: nothing.
 Change = Float[Tensor, "*b o"] | tuple[Float[Tensor, "*b r"], Float[Tensor, "o r"]] | None
 
 
@@ -21,7 +21,7 @@ def cast(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def scaled(h: Tensor, c: Tensor) -> Tensor:
-    """h * c, multiplied in fp32 (fp64 for fp64) and rounded once to h's dtype, so that every form of c gives the same bits."""
+    """h * c, multiplied in fp32 (fp64 for fp64) and rounded once to h's dtype: all forms of c give the same bits."""
     wide = torch.promote_types(h.dtype, torch.float32)
     return (h.to(wide) * c.to(wide)).to(h.dtype)
 
@@ -120,7 +120,7 @@ class Adapter(nn.Module):
         """`before` when y is None, else `change`; the hooks call the module so that its own hooks fire."""
         if y is None:
             assert self.before is not None
-            return self.before(x, layer, c)
+            return self.before(x, layer, c)  # pyright: ignore[reportCallIssue]
         return self.change(x, y, layer, c)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Adapter":
@@ -134,6 +134,12 @@ class Adapter(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={tuple(value.shape)}" for key, value in self.state_dict().items())
+
+
+def adapters_on(layer: nn.Module) -> list[Adapter]:
+    """The adapters of a layer, in the order in which they were attached."""
+    store = layer._modules.get("lora")
+    return [adapter for adapter in store.values() if isinstance(adapter, Adapter)] if store is not None else []
 
 
 _REGISTRY: dict[str, type[Adapter]] = {}

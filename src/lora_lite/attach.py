@@ -180,7 +180,7 @@ def select_all(model: nn.Module, configs: Sequence[AdapterConfig]) -> dict[str, 
 
 def check_layer(path: str, layer: nn.Module) -> None:
     """Refuse a layer that cannot carry an adapter."""
-    if layer.weight.is_meta:  # type: ignore[union-attr]
+    if layer.weight.is_meta:
         raise TargetError(
             f"{path}: its weight is on the meta device (offloaded, or never loaded); keep targets in memory, or leave "
             "this layer out with layers or exclude_names"
@@ -280,7 +280,7 @@ def attachment(model: nn.Module, name: str = "default") -> Attachment:
     parameters = dict(root.named_parameters(remove_duplicate=False))
     also = {key: parameters[key] for key in state.adapters[name].originals}
     size = sum(p.numel() for key, p in root.named_parameters() if not _is_adapters(key, root))
-    return Attachment(name, adapters_of(root, name), also, size, uncovered(root))  # type: ignore[arg-type]
+    return Attachment(name, adapters_of(root, name), also, size, uncovered(root))
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:

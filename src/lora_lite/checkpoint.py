@@ -1,4 +1,4 @@
-"""Adapter files: one safetensors file with JSON metadata, written atomically, checked whole before a model is touched."""
+"""Adapter files: one safetensors file with JSON metadata, written atomically, and checked whole before it is used."""
 
 import contextlib
 import hashlib
@@ -47,13 +47,13 @@ class File:
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> Path:
-    """Write an adapter to one file: trained tensors, frozen ones, `train_also` weights, configs and a sketch of the base.
+    """Write an adapter to one file: tensors (trained and frozen), `train_also` weights, configs, a sketch of the base.
 
     The file appears whole or not at all; an existing one is replaced. Missing folders are made.
 
     Args:
         model: the model.
-        path: the file, by custom `*.safetensors`.
+        path: the file, by custom `....safetensors`.
         name: the adapter.
     Returns:
         The path.
@@ -177,8 +177,9 @@ def read(where: Path) -> File:
             header = _header(where, handle.metadata())
             checked = header.pop("checksum")
             file = _parse(where, header)
-            _check_shapes(file, {key: handle.get_slice(key) for key in handle.keys()})
-            file.tensors.update({key: handle.get_tensor(key) for key in handle.keys()})
+            keys = list(handle.keys())
+            _check_shapes(file, {key: handle.get_slice(key) for key in keys})
+            file.tensors.update({key: handle.get_tensor(key) for key in keys})
     except SafetensorError as error:
         raise CheckpointError(f"{where}: is no whole safetensors file ({error}); copy it again") from error
     if checksum(header, file.tensors) != checked:
@@ -304,7 +305,7 @@ def checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     for key in sorted(tensors):
         value = tensors[key].contiguous()
         digest.update(f"{key}:{value.dtype}:{tuple(value.shape)}".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy())
+        digest.update(value.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -21,6 +21,7 @@ def require(ok: bool, config: object, field: str, allowed: str) -> None:
 
 
 def is_int(value: object, low: int) -> bool:
+    """An integer (no bool) of at least `low`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= low
 
 

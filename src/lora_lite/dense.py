@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lora_lite.adapter import Adapter
+from lora_lite.adapter import Adapter, adapters_on
 from lora_lite.attach import drop, release, reset_compiler
 from lora_lite.errors import NotAffineError, StateError, TargetError
 from lora_lite.hooks import hook_layer, hook_root, unhook_layer
@@ -49,8 +49,9 @@ def twin(layer: nn.Module) -> nn.Linear:
     plain.lora = nn.ModuleDict()
     for name, adapter in layer.lora.items():  # type: ignore[union-attr, operator]
         plain.lora[name] = _in_fp64(adapter)
-        with torch.no_grad():
-            plain.lora[name].derive(plain)
+    with torch.no_grad():
+        for adapter in adapters_on(plain):
+            adapter.derive(plain)
     hook_layer(plain)
     return plain.eval()
 
@@ -70,7 +71,7 @@ def affine(layer: nn.Module, path: str) -> tuple[Tensor, Tensor]:
         NotAffineError: a method of the stack says so, or it is found by measurement.
         StateError: a coefficient in force has one value per row.
     """
-    for adapter in layer.lora.values():  # type: ignore[union-attr, operator]
+    for adapter in adapters_on(layer):
         if not adapter.affine:
             raise NotAffineError(f"{path}: {adapter.name} is not affine, so no plain weight equals it; detach it first")
         if adapter.dial.value.ndim:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lite.adapter import Adapter, add_lowrank, cast
+from lora_lite.adapter import Adapter, adapters_on, add_lowrank, cast
 from lora_lite.errors import TargetError
 from lora_lite.linear import shape
 from lora_lite.state import ROOT, Call, State, batch_shape, in_backward, spread_rows, tensors_in
@@ -20,7 +20,7 @@ from lora_lite.state import ROOT, Call, State, batch_shape, in_backward, spread_
 def before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """Compose the befores, in the order in which the adapters were attached."""
     x, put = _input(layer, args, kwargs)
-    for adapter in layer.lora.values():  # type: ignore[union-attr]
+    for adapter in adapters_on(layer):
         if adapter.before is not None:
             x = cast(adapter(x, None, layer, _coefficient(adapter, x)), x)
     return put(x)
@@ -33,12 +33,12 @@ def after_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     if not isinstance(y, Tensor) or x.shape[-1] != i or y.shape[-1] != o:
         found = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
         raise TargetError(
-            f"{type(layer).__name__}({i} -> {o}) mapped {tuple(x.shape)} to {found}, so it is no plain linear layer and "
-            "cannot be adapted; leave it out with exclude_names"
+            f"{type(layer).__name__}({i} -> {o}) mapped {tuple(x.shape)} to {found}, so it is no plain linear layer "
+            "and cannot be adapted; leave it out with exclude_names"
         )
     x = x.to(y.device)
     out = y
-    for adapter in layer.lora.values():  # type: ignore[union-attr]
+    for adapter in adapters_on(layer):
         change = adapter(x, y, layer, _coefficient(adapter, x))
         if isinstance(change, tuple):
             out = add_lowrank(out, *change)
@@ -99,7 +99,7 @@ def _leave_backward(state: State) -> None:
 
 def hook_layer(layer: nn.Module) -> None:
     """Put the hooks that the layer's adapters need, once each, and take off those that none needs."""
-    adapters = list(layer.lora.values()) if "lora" in layer._modules else []  # type: ignore[union-attr]
+    adapters = adapters_on(layer)
     _set_hook(layer, "forward_pre", before_layer, any(adapter.before is not None for adapter in adapters))
     _set_hook(layer, "forward", after_layer, bool(adapters))
 

@@ -62,6 +62,7 @@ def is_quantized(layer: nn.Module) -> bool:
 
 
 def is_sharded(tensor: Tensor) -> bool:
+    """Whether the tensor is one process's part of a larger one (a DTensor)."""
     return hasattr(tensor, "device_mesh") or hasattr(tensor.data, "device_mesh")
 
 
@@ -102,7 +103,7 @@ def _dequantized(layer: nn.Module, weight: Tensor, kind: str) -> Tensor:
         scales = weight.SCB if getattr(weight, "SCB", None) is not None else layer.state.SCB  # type: ignore[union-attr]
         if scales is None:
             raise TargetError(f"{kind}: not quantised yet; move the model to its device first, e.g. model.to('cpu')")
-        return weight.data.float() * (scales.float() / 127.0).unsqueeze(1)
+        return weight.data.float() * (scales.float() / 127.0).unsqueeze(1)  # type: ignore[union-attr, operator]
     if type(weight.data) is not Tensor and hasattr(weight, "dequantize"):
         return weight.dequantize()
     raise TargetError(

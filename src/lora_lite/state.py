@@ -128,6 +128,7 @@ def adapters_of(root: nn.Module, name: str) -> dict[str, Adapter]:
 
 
 def refuse_merged(state: State, doing: str) -> None:
+    """Raise `StateError` while the adapters are merged."""
     if state.merged:
         raise StateError(f"{doing}: the adapters are merged into the weights; call unmerge first")
 
@@ -183,8 +184,8 @@ def _as_tensor(name: str, c: float | Tensor) -> Tensor:
         return torch.tensor(float(c), dtype=torch.float64)
     if c.ndim > 1 or not (c.is_floating_point() or c.dtype in (torch.int32, torch.int64)):
         raise CoefficientError(
-            f"scale: the coefficient of {name!r} is a {c.dtype} tensor of shape {tuple(c.shape)}; give a 0-dim tensor, or "
-            "one of shape (B,) with a value per batch row"
+            f"scale: the coefficient of {name!r} is a {c.dtype} tensor of shape {tuple(c.shape)}; give a 0-dim tensor, "
+            "or one of shape (B,) with a value per batch row"
         )
     if not torch.isfinite(c).all():
         raise CoefficientError(f"scale: the coefficient of {name!r} is not finite: {c}")

@@ -48,6 +48,10 @@ class DeLoRAConfig(AdapterConfig):
 class DeLoRA(Adapter):
     """Normalised low-rank directions and one trained strength. c multiplies the change."""
 
+    A0: Tensor
+    B0: Tensor
+    w: Tensor
+
     def __init__(self, cfg: DeLoRAConfig, i: int, o: int) -> None:
         super().__init__(cfg)
         self.A = self.parameter(cfg.r, i)

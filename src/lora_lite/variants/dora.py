@@ -1,6 +1,6 @@
 """DoRA. Liu et al. 2024, arXiv:2402.09353, eqs. 5 and 11.
 
-    y' = y + c [ (m/n - 1)(y - b) + (m/n) s B A x ]        n = ||W + s B A|| by row of W (o, i), held constant in backward
+    y' = y + c [ (m/n - 1)(y - b) + (m/n) s B A x ]        n (o) = ||W + s B A|| by row, held constant in backward
                                                            A (r, i) kaiming, B (o, r) = 0, m (o) = ||W||
 
 The paper's columns are the rows of an (o, i) weight. n^2 expands to ||W||^2 + 2 s (W A^T) * B + s^2 (B A A^T) * B,
@@ -36,6 +36,8 @@ class DoRAConfig(LoRAConfig):
 )
 class DoRA(Adapter):
     """Magnitude and direction of W's rows, trained apart. c multiplies the whole change; the bias is not scaled."""
+
+    W_norm2: Tensor
 
     def __init__(self, cfg: DoRAConfig, i: int, o: int) -> None:
         super().__init__(cfg)

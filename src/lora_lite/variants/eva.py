@@ -6,6 +6,7 @@ With rho > 1 the ranks are redistributed: of every layer's first rho r direction
 of their layer's input are kept, r for each layer on average.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -69,8 +70,8 @@ class EVA(LoRA):
         kept = [path for _, path in sorted(shares, key=lambda pair: -pair[0])[: cfg.r * len(shapes)]]
         # alpha moves with r, so that every layer keeps the scaling that the config asks for.
         ranks = {path: kept.count(path) for path in shapes if path in kept}
-        unit = {r: cfg.replace(r=r, alpha=1.0) for r in set(ranks.values())}
-        return {path: unit[r].replace(alpha=cfg.scaling / unit[r].scaling) for path, r in ranks.items()}
+        units = {r: dataclasses.replace(cfg, r=r, alpha=1.0).scaling for r in set(ranks.values())}
+        return {path: cfg.replace(r=r, alpha=cfg.scaling / units[r]) for path, r in ranks.items()}
 
     def init(self, layer: nn.Module, stats: Any, rng: torch.Generator) -> None:
         if stats.tokens < self.cfg.r:

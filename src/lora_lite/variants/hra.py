@@ -1,9 +1,10 @@
 """HRA. Yuan et al. 2024, arXiv:2405.17484, eqs. 1, 3 and 4.
 
-    x' = x + c (H_1 H_2 ... H_r x - x)        H_k = I - 2 u_k u_k^T, u_k = U_k / ||U_k||, U (r, i) kaiming, in equal pairs
+    x' = x + c (H_1 H_2 ... H_r x - x)        H_k = I - 2 u_k u_k^T, u_k = U_k / ||U_k||
+                                              U (r, i) kaiming, in equal pairs
 
-The product of reflections (W reads x', so W' = W H_1 ... H_r) is I - u^T T u with T upper triangular, T^-1 = I/2 + the strict upper part of u u^T (the
-compact WY form; Schreiber and Van Loan 1989): two thin matmuls instead of r reflections.
+W reads x', so W' = W H_1 ... H_r. The product of reflections is I - u^T T u with T upper triangular and T^-1 = I/2 +
+the strict upper part of u u^T (the compact WY form; Schreiber and Van Loan 1989): two thin matmuls, not r reflections.
 """
 
 from dataclasses import dataclass

@@ -46,6 +46,9 @@ class LoRAXSConfig(AdapterConfig):
 class LoRAXS(Adapter):
     """A small trained matrix between frozen singular directions. c multiplies the change."""
 
+    U: Tensor
+    P: Tensor
+
     def __init__(self, cfg: LoRAXSConfig, i: int, o: int) -> None:
         super().__init__(cfg)
         if cfg.r > min(i, o):

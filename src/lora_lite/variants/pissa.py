@@ -45,6 +45,9 @@ class PiSSAConfig(AdapterConfig):
 class PiSSA(Adapter):
     """The principal singular part of W, trained; c multiplies the distance from where it started."""
 
+    A0: Tensor
+    B0: Tensor
+
     def __init__(self, cfg: PiSSAConfig, i: int, o: int) -> None:
         super().__init__(cfg)
         if cfg.r > min(i, o):

@@ -1,0 +1,263 @@
+"""The training loop: AdamW, warm-up and cosine, clipping, accumulation, and checkpoints that resume to the same bits.
+
+Everything that a step depends on is a function of its number and of what the checkpoint holds: the batch order, the
+learning rate, the adapter, the optimiser's moments and the random state. So a run that was killed and resumed on the
+same machine ends with the same bits as one that was not.
+"""
+
+import dataclasses
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+import lora_lite as ll
+from lora_lite.lab.data import BatchOrder, Encoded, answer_loss, collate
+
+ADAPTER, OPTIMIZER, PROGRESS = "adapter.safetensors", "optimizer.safetensors", "progress.json"
+
+
+class TrainingError(ll.LoraLiteError, RuntimeError):
+    """Training cannot go on: the loss is not finite, an adapter never ran, or a checkpoint is of another run."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: examples a step, over all processes.
+        accumulation: parts that a step's batch is cut into, to save memory.
+        lr: peak learning rate. None: the method's own default.
+        warmup: share of the steps over which the rate rises; afterwards it falls along a cosine.
+        final_lr: where the cosine ends, as a share of lr.
+        weight_decay: of tensors whose zero means no change (see `lora_lite.param_groups`).
+        lora_plus_ratio: how many times lr the B of a LoRA learns with (LoRA+).
+        clip: largest norm of the gradient.
+        save_every: steps between checkpoints. 0: none.
+        seed: of the batch order and of dropout.
+    """
+
+    steps: int = 200
+    batch_size: int = 8
+    accumulation: int = 1
+    lr: float | None = None
+    warmup: float = 0.1
+    final_lr: float = 0.0
+    weight_decay: float = 0.0
+    lora_plus_ratio: float = 1.0
+    clip: float = 1.0
+    save_every: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low in (("steps", 1), ("batch_size", 1), ("accumulation", 1), ("save_every", 0), ("seed", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"TrainConfig.{name} = {getattr(self, name)}: must be an integer >= {low}")
+        for name in ("warmup", "final_lr"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"TrainConfig.{name} = {getattr(self, name)}: must be in [0, 1]")
+        if not self.clip > 0 or (self.lr is not None and not (0 < self.lr < math.inf)):
+            raise ValueError(f"TrainConfig: lr = {self.lr} and clip = {self.clip} must be > 0")
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"TrainConfig.accumulation = {self.accumulation}: must divide batch_size {self.batch_size}")
+
+
+@dataclass
+class Progress:
+    """What a run has done so far: what `train` returns, and what a checkpoint stores.
+
+    Attributes:
+        losses: mean answer loss of each step.
+        tokens: tokens read, padding left out. answer_tokens: those among them that were learnt.
+        seconds: time in the loop.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    tokens: int = 0
+    answer_tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def step(self) -> int:
+        return len(self.losses)
+
+
+def learning_rate(cfg: TrainConfig, peak: float, step: int) -> float:
+    """The rate of step `step` (0, 1, ...): a linear rise to `peak`, then a cosine down to `final_lr * peak`."""
+    warm = round(cfg.warmup * cfg.steps)
+    if step < warm:
+        return peak * (step + 1) / warm
+    done = (step - warm) / max(cfg.steps - warm, 1)
+    return peak * (cfg.final_lr + (1 - cfg.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def train(
+    model: PreTrainedModel,
+    items: Sequence[Encoded],
+    pad: int,
+    cfg: TrainConfig,
+    folder: Path | None = None,
+    resume: bool = False,
+    name: str = "default",
+    on_step: Callable[[Progress], None] | None = None,
+) -> Progress:
+    """Train the adapter `name` of `model` on `items`.
+
+    Args:
+        model: a causal language model with an attached adapter (with `resume`: the bare base).
+        items: encoded examples. pad: token id to pad with.
+        folder: where checkpoints go, every `cfg.save_every` steps. None: none are written.
+        resume: go on from the last checkpoint in `folder`, if there is one.
+        on_step: called after each step.
+    Raises:
+        TrainingError: a loss that is not finite, an adapter that never ran, or a checkpoint of another run.
+    """
+    accelerator = Accelerator(gradient_accumulation_steps=cfg.accumulation, cpu=model.device.type == "cpu")
+    found = last_checkpoint(folder) if folder is not None and resume else None
+    att = ll.load(model, found / ADAPTER, name=name, overwrite=True) if found else ll.attachment(model, name)
+    peak = cfg.lr if cfg.lr is not None else next(iter(att.targets.values())).lr
+    groups = ll.param_groups(model, peak, cfg.weight_decay, cfg.lora_plus_ratio, names=[name])
+    optimizer = torch.optim.AdamW(groups)
+    ratios = [group["lr"] / peak for group in groups]
+    set_seed(cfg.seed)
+    progress = _restore(found, optimizer, cfg, items) if found else Progress()
+    wrapped = accelerator.prepare_model(model)
+    order = BatchOrder([len(item) for item in items], cfg.batch_size, cfg.seed)
+    model.train()
+    with tqdm(total=cfg.steps, initial=progress.step, desc="train", unit="step") as bar:
+        while progress.step < cfg.steps:
+            started = time.perf_counter()
+            for group, ratio in zip(optimizer.param_groups, ratios, strict=True):
+                group["lr"] = ratio * learning_rate(cfg, peak, progress.step)
+            batch = [items[index] for index in order.batch(progress.step)]
+            loss = _step(accelerator, wrapped, batch, pad, cfg)
+            if progress.step == 0:
+                _refuse_idle(att)
+            accelerator.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], cfg.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            _note(progress, loss, batch, time.perf_counter() - started)
+            bar.set_postfix_str(f"loss {loss:.3f}, {progress.tokens / progress.seconds:,.0f} tokens/s")
+            bar.update()
+            if folder is not None and cfg.save_every and (progress.step % cfg.save_every == 0) and accelerator.is_main_process:
+                save_checkpoint(folder, model, name, optimizer, progress, cfg, items)
+            if on_step is not None:
+                on_step(progress)
+    model.eval()
+    return progress
+
+
+def _step(accelerator: Accelerator, model: Any, batch: Sequence[Encoded], pad: int, cfg: TrainConfig) -> float:
+    """Forward and backward over a batch, in `accumulation` parts weighted by their answer tokens; the mean loss."""
+    mine = batch[accelerator.process_index :: accelerator.num_processes]
+    if not mine:
+        raise TrainingError(f"a batch of {len(batch)} examples leaves none for process {accelerator.process_index}")
+    size = math.ceil(len(mine) / cfg.accumulation)
+    parts = [mine[start : start + size] for start in range(0, len(mine), size)]
+    total = sum(len(item.answer) for item in mine)
+    mean = 0.0
+    for part in parts:
+        inputs = {key: value.to(accelerator.device) for key, value in collate(part, pad).items()}
+        loss, count = answer_loss(model, inputs)
+        if not torch.isfinite(loss):
+            raise TrainingError(f"the loss is {float(loss)}: lower the learning rate, or look at the data")
+        (loss * (count / total)).backward()
+        mean += float(loss.detach()) * count / total
+    return mean
+
+
+def _refuse_idle(att: ll.Attachment) -> None:
+    idle = [path for path, adapter in att.targets.items() if all(p.grad is None for p in adapter.parameters())]
+    if idle and len(idle) == len([path for path in idle if ".experts." not in path]):
+        raise TrainingError(
+            f"{len(idle)} of {len(att.targets)} adapters never ran, such as {idle[0]}: the model uses that weight without "
+            "calling the layer; leave it out with exclude_names"
+        )
+
+
+def _note(progress: Progress, loss: float, batch: Sequence[Encoded], seconds: float) -> None:
+    progress.losses.append(loss)
+    progress.tokens += sum(len(item) for item in batch)
+    progress.answer_tokens += sum(len(item.answer) for item in batch)
+    progress.seconds += seconds
+
+
+# ---- checkpoints: a folder for each, which appears under its name only when it is whole
+
+
+def fingerprint(cfg: TrainConfig, items: Sequence[Encoded]) -> str:
+    """A hash of what a run must share with the checkpoint that it goes on from."""
+    import hashlib
+
+    digest = hashlib.sha256(json.dumps(dataclasses.asdict(cfg), sort_keys=True).encode())
+    for item in items:
+        digest.update(repr((item.prompt, item.answer)).encode())
+    return digest.hexdigest()
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint with the most steps in `folder`."""
+    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
+    return max(found, key=lambda path: int(path.name[5:]), default=None)
+
+
+def save_checkpoint(
+    folder: Path,
+    model: PreTrainedModel,
+    name: str,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    cfg: TrainConfig,
+    items: Sequence[Encoded],
+) -> Path:
+    """Write adapter, optimiser and progress; older checkpoints go once the new one is there."""
+    target = folder / f"step-{progress.step}"
+    temporary = folder / f".{target.name}.tmp"
+    for leftover in (temporary, target):
+        shutil.rmtree(leftover, ignore_errors=True)
+    ll.save(model, temporary / ADAPTER, name=name)
+    states = optimizer.state_dict()["state"]
+    tensors = {f"{index}.{key}": value for index, state in states.items() for key, value in state.items()}
+    tensors["rng"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["cuda_rng"] = torch.cuda.get_rng_state()
+    save_file({key: value.contiguous() for key, value in tensors.items()}, temporary / OPTIMIZER)
+    record = {**dataclasses.asdict(progress), "fingerprint": fingerprint(cfg, items)}
+    (temporary / PROGRESS).write_text(json.dumps(record))
+    temporary.rename(target)
+    for older in folder.glob("step-*"):
+        if older != target:
+            shutil.rmtree(older, ignore_errors=True)
+    return target
+
+
+def _restore(found: Path, optimizer: torch.optim.Optimizer, cfg: TrainConfig, items: Sequence[Encoded]) -> Progress:
+    record = json.loads((found / PROGRESS).read_text())
+    if record.pop("fingerprint") != fingerprint(cfg, items):
+        raise TrainingError(
+            f"{found} is of a run with other settings or data; resume with the same ones, or train in another folder"
+        )
+    tensors = load_file(found / OPTIMIZER)
+    torch.set_rng_state(tensors.pop("rng"))
+    if (cuda := tensors.pop("cuda_rng", None)) is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda)
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, _, field_name = key.partition(".")
+        state.setdefault(int(index), {})[field_name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return Progress(**record)

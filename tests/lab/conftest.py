@@ -1,0 +1,23 @@
+"""Fixtures of the lab's tests: a tiny model and tokenizer, and the embedded model, read once a session."""
+
+import pytest
+from lab_helpers import make_llama, make_tokenizer
+from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+@pytest.fixture
+def llama() -> LlamaForCausalLM:
+    return make_llama()
+
+
+@pytest.fixture(scope="session")
+def smollm() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The embedded model in fp32. Converted on the first use on a machine (half a minute), then a second."""
+    from lora_lite.lab.models import load_model
+
+    return load_model()

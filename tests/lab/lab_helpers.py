@@ -1,0 +1,40 @@
+"""A byte-level tokenizer and a tiny Llama, made here: no file, no network."""
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+CHAT = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def make_tokenizer(
+    chat: str | None = CHAT, eos: str | None = "<eos>", pad: str | None = "<pad>"
+) -> PreTrainedTokenizerFast:
+    """One token a byte (ids 0-255), then <eos> 256 and <pad> 257."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<eos>", "<pad>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, pad_token=pad)
+    tokenizer.chat_template = chat
+    return tokenizer
+
+
+def make_llama(cls: type[LlamaForCausalLM] = LlamaForCausalLM, vocab_size: int = 258) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=256,
+        bos_token_id=None,
+        pad_token_id=257,
+    )
+    torch.manual_seed(0)
+    return cls(config).eval()

@@ -1,0 +1,135 @@
+import pytest
+import torch
+from lab_helpers import make_llama, make_tokenizer
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lora_lite.lab import evaluate as lab
+from lora_lite.lab.evaluate import EvaluationError, evaluate, generate
+from lora_lite.lab.tasks import Example, Task, from_examples
+
+EOS = 256
+PROMPTS = [f"{'word ' * (i % 5)}number {i}" for i in range(11)]
+
+
+def examples_of(answers: list[str]) -> list[Example]:
+    return [Example(prompt, answer, "t") for prompt, answer in zip(PROMPTS, answers, strict=False)]
+
+
+class Parrot(LlamaForCausalLM):
+    """Answers with the last 3 bytes before `<assistant>`'s line, then the end token, then junk."""
+
+    def generate(self, input_ids, attention_mask, **kwargs):  # type: ignore[override]
+        self.widths = [*getattr(self, "widths", []), tuple(input_ids.shape)]
+        self.modes = self.training
+        end = len("\n<assistant>")
+        said = input_ids[:, -end - 3 : -end]
+        rows = len(input_ids)
+        return torch.cat([input_ids, said, torch.full((rows, 1), EOS), torch.full((rows, 2), 65)], dim=1)
+
+
+@pytest.fixture
+def parrot() -> LlamaForCausalLM:
+    return make_llama(Parrot)
+
+
+def ids(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
+    return [tokenizer(text)["input_ids"] for text in texts]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 11, 64])
+def test_completions_depend_neither_on_batches_nor_on_padding(
+    batch_size: int, llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    prompts = ids(tokenizer, PROMPTS)
+    expected = []
+    for prompt in prompts:  # greedy, by hand, without cache or padding
+        row = list(prompt)
+        for _ in range(6):
+            with torch.no_grad():
+                row.append(int(llama(torch.tensor([row])).logits[0, -1].argmax()))
+        expected.append(lab.cut_at(row[len(prompt) :], {EOS}))
+    found = generate(llama, tokenizer, prompts, max_new_tokens=6, batch_size=batch_size)
+    assert [count for _, count in found] == [len(row) for row in expected]
+    assert [text for text, _ in found] == [tokenizer.decode(row, skip_special_tokens=True) for row in expected]
+    assert len({text for text, _ in found}) > 1
+
+
+def test_generation_stops_at_the_end_token(llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    prompt = ids(tokenizer, ["abc"])
+    with torch.no_grad():
+        first = int(llama(torch.tensor(prompt)).logits[0, -1].argmax())
+    llama.generation_config.eos_token_id = [first, 3]
+    assert generate(llama, tokenizer, prompt, max_new_tokens=5) == [("", 0)]
+
+
+def test_records_come_in_order_with_scores(parrot: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    examples = examples_of([prompt[-3:] if i % 2 else "no" for i, prompt in enumerate(PROMPTS)])
+    result = evaluate(parrot, tokenizer, from_examples("t", examples), examples, batch_size=4, progress=False)
+    assert [record.prompt for record in result.records] == PROMPTS
+    assert [record.completion for record in result.records] == [prompt[-3:] for prompt in PROMPTS]
+    assert [record.answer for record in result.records] == [example.answer for example in examples]
+    assert [record.correct for record in result.records] == [bool(i % 2) for i in range(11)]
+    assert result.accuracy == result.mean_score == result.mention_rate == 5 / 11
+    assert result.new_tokens == 33 and result.seconds > 0
+    assert [rows for rows, _ in parrot.widths] == [4, 4, 3]
+    assert sorted((width for _, width in parrot.widths), reverse=True) == [width for _, width in parrot.widths]
+
+
+def test_accuracy_counts_full_scores_only(parrot: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    examples = examples_of(["x", "y", "r 2", "r"])
+    scores = iter([1.0, 0.99, 0.5, 0.0])
+    task = Task("t", from_examples("t", examples).source, lambda example, answer: next(scores), max_new_tokens=4)
+    result = evaluate(parrot, tokenizer, task, examples, progress=False)
+    assert result.accuracy == 0.25
+    assert result.mean_score == pytest.approx(2.49 / 4)
+    assert result.mention_rate == 0.5  # "r 2" as it stands, and "r" as a word of "r 3"
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_is_put_back(training: bool, parrot: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    parrot.train(training)
+    parrot.model.layers[0].train(not training)
+    before = [module.training for module in parrot.modules()]
+    examples = examples_of(["x"])
+    evaluate(parrot, tokenizer, from_examples("t", examples, max_new_tokens=2), examples, progress=False)
+    assert parrot.modes is False
+    assert [module.training for module in parrot.modules()] == before
+
+    def fail(example: Example, answer: str) -> float:
+        raise ZeroDivisionError
+
+    parrot.generate = fail  # pyright: ignore
+    with pytest.raises(TypeError):
+        generate(parrot, tokenizer, [[1]], 2)
+    assert [module.training for module in parrot.modules()] == before
+
+
+def test_nothing_to_evaluate_is_an_error(llama: LlamaForCausalLM) -> None:
+    with pytest.raises(EvaluationError, match="no examples of 't'"):
+        evaluate(llama, make_tokenizer(), from_examples("t", examples_of(["x"])), [])
+
+
+@pytest.mark.parametrize(("batch_size", "max_new_tokens"), [(0, 5), (4, 0)])
+def test_sizes_below_one_are_errors(batch_size: int, max_new_tokens: int, llama: LlamaForCausalLM) -> None:
+    with pytest.raises(EvaluationError, match="1 or more"):
+        generate(llama, make_tokenizer(), [[1]], max_new_tokens, batch_size)
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"), [(None, {256}), (256, {256}), ([7, 256], {7, 256}), (3, {3, 256}), ([], {256})]
+)
+def test_stop_ids(own: int | list[int] | None, expected: set[int], llama: LlamaForCausalLM) -> None:
+    llama.generation_config.eos_token_id = own
+    assert lab.stop_ids(llama, make_tokenizer()) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "kept"), [([1, 2, 256, 3], [1, 2]), ([256], []), ([1, 2], [1, 2]), ([1, 9, 256], [1]), ([], [])]
+)
+def test_cut_at(row: list[int], kept: list[int]) -> None:
+    assert lab.cut_at(row, {256, 9}) == kept
+
+
+def test_length_batches_are_sorted_and_whole() -> None:
+    batches = list(lab.length_batches([3, 9, 1, 9, 5], 2))
+    assert batches == [[1, 3], [4, 0], [2]]

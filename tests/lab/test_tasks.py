@@ -1,0 +1,212 @@
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_lite.lab import tasks
+from lora_lite.lab.tasks import Example, Task, TaskError
+
+GENERATORS = [
+    "family_relationships",
+    "gsm_symbolic",
+    "chain_sum",
+    "word_sequence_reversal",
+    "calendar_arithmetic",
+    "gcd",
+]
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_the_oracle_answer_scores_one_and_others_less(name: str) -> None:
+    task = tasks.load_task(name)
+    for example in task.examples("validation", 5):
+        assert task.score(example, example.answer) == 1.0
+        assert task.score(example, f"\n {example.answer}  ") == 1.0
+        for wrong in ("", "no idea", "[1, (", "\x00"):
+            assert 0.0 <= task.score(example, wrong) < 1.0, wrong
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_splits_share_no_content_whatever_the_seeds(name: str) -> None:
+    task = tasks.load_task(name)
+    parts = {
+        split: {tasks.content_key(e.prompt) for seed in (0, 1) for e in task.examples(split, 40, seed)}
+        for split in tasks.SPLITS
+    }
+    for one, other in itertools.combinations(parts.values(), 2):
+        assert not one & other
+
+
+@pytest.mark.parametrize("split", list(tasks.SPLITS))
+def test_the_seed_decides_and_nothing_else(split: str) -> None:
+    task = tasks.load_task("chain_sum")
+    assert task.examples(split, 30, seed=3) == tasks.load_task("chain_sum").examples(split, 30, seed=3)
+    assert task.examples(split, 60, seed=3)[:30] == task.examples(split, 30, seed=3)
+    neighbours = set(map(repr, task.examples(split, 60, seed=3))) & set(map(repr, task.examples(split, 60, seed=4)))
+    assert len(neighbours) < 6  # generators seed item i with seed + i: unhashed, 59 of 60 would be shared
+
+
+def test_no_example_comes_twice() -> None:
+    keys = [tasks.content_key(e.prompt) for e in tasks.load_task("coin_flip").examples("train", 40)]
+    assert len(set(keys)) == len(keys)
+
+
+@given(st.text(alphabet="ab c\n", min_size=1))
+def test_case_and_blanks_do_not_move_a_prompt_to_another_split(text: str) -> None:
+    assert tasks.split_of(text) == tasks.split_of(f"  {text.upper()} \n")
+
+
+def test_split_shares_are_as_declared() -> None:
+    assert sorted(itertools.chain(*tasks.SPLITS.values())) == list(range(100))
+    found = [tasks.split_of(f"question {i}") for i in range(5000)]
+    for split, share in tasks.SPLITS.items():
+        assert abs(found.count(split) / 5000 - len(share) / 100) < 0.025
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("famly_relationship", "family_relationships"),
+        ("no such thing at all", "chain_sum"),
+        ("gcd:max_numbers=-1", "refuses"),
+        ("gcd:colour=3", "max_numbers"),
+        ("gcd:max_numbers", "key=value"),
+        ("rubiks_cube", "no answer text"),
+        ("gcd+gcd", "different names"),
+    ],
+)
+def test_bad_specs_say_what_is_wrong(spec: str, message: str) -> None:
+    with pytest.raises(TaskError, match=message):
+        tasks.load_task(spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("gcd", ("gcd", {})),
+        (" gcd:max_numbers=3, min_value=2 ", ("gcd", {"max_numbers": 3, "min_value": 2})),
+        ("a:x=(1, 2),y=[3,4]", ("a", {"x": (1, 2), "y": [3, 4]})),
+        ("a:x=word,y=0.5,z=True", ("a", {"x": "word", "y": 0.5, "z": True})),
+    ],
+)
+def test_parse_spec(spec: str, expected: tuple[str, dict]) -> None:
+    assert tasks.parse_spec(spec) == expected
+
+
+def test_parameters_reach_the_generator() -> None:
+    task = tasks.load_task("word_sequence_reversal:min_words=3,max_words=4")
+    assert {e.answer.count(",") + 1 for e in task.examples("train", 40)} == {3, 4}
+
+
+def test_a_mixture_has_equal_parts_each_scored_by_its_own_task() -> None:
+    mixture = tasks.load_task("gcd+calendar_arithmetic")
+    examples = mixture.examples("train", 20)
+    assert [e.task for e in examples] == ["gcd", "calendar_arithmetic"] * 10
+    assert all(mixture.score(e, e.answer) == 1.0 for e in examples)
+    assert all(mixture.score(e, "neither") == 0.0 for e in examples)
+
+
+def rows(n: int) -> list[Example]:
+    return [Example(f"question {i}", str(i), "rows") for i in range(n)]
+
+
+def test_a_finite_source_gives_all_it_has_then_says_so() -> None:
+    task = tasks.from_examples("rows", rows(100) + rows(100))
+    counts = {split: len(list(task.distinct(split))) for split in tasks.SPLITS}
+    assert sum(counts.values()) == 100
+    with pytest.raises(TaskError, match=f"only {counts['test']} distinct test"):
+        task.examples("test", counts["test"] + 1)
+    assert task.examples("train", 20, seed=0) != task.examples("train", 20, seed=1)
+
+
+def test_an_endless_source_of_few_contents_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "PATIENCE", 50)
+    task = Task("few", tasks.split_by_content(lambda seed: itertools.cycle(rows(30))), tasks.exact_score)
+    with pytest.raises(TaskError, match="distinct train"):
+        task.examples("train", 31)
+
+
+def test_bad_requests() -> None:
+    task = tasks.from_examples("rows", rows(10))
+    with pytest.raises(TaskError, match="train"):
+        task.examples("dev", 1)
+    with pytest.raises(TaskError, match="-1"):
+        task.examples("train", -1)
+    with pytest.raises(TaskError, match="question"):
+        tasks.build_prompt("2 + 2", template="no field")
+
+
+@pytest.mark.parametrize(("raw", "kept"), [(0.5, 0.5), (1.7, 1.0), (-3, 0.0), (True, 1.0)])
+def test_scores_stay_between_zero_and_one(raw: float, kept: float) -> None:
+    assert tasks.from_examples("rows", rows(1), lambda example, answer: raw).score(rows(1)[0], "x") == kept
+
+
+def test_a_score_of_nan_is_an_error() -> None:
+    task = tasks.from_examples("rows", rows(1), lambda example, answer: float("nan"))
+    with pytest.raises(TaskError, match="NaN"):
+        task.score(rows(1)[0], "x")
+
+
+def test_prompts_are_built_from_a_template_even_with_braces_in_the_question() -> None:
+    assert tasks.build_prompt(" {x} = 1 ", "Q: {question}\nA:") == "Q: {x} = 1\nA:"
+    task = tasks.gym_task("gcd", instruction="Short.", template="Task: {question}")
+    example = task.examples("train", 1)[0]
+    assert example.prompt.startswith("Task: Find") and example.instruction == "Short."
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("#### 1,234", "1234"),
+        ("3 apples and -4.50 dollars.", "-4.50"),
+        ("x = .5", ".5"),
+        ("none", ""),
+        ("12.", "12"),
+        ("5-3", "-3"),
+    ],
+)
+def test_last_number(text: str, number: str) -> None:
+    assert tasks.last_number(text) == number
+
+
+@pytest.mark.parametrize(
+    ("answer", "completion", "score"),
+    [
+        ("18", "so she makes $18.00 a day", 1.0),
+        ("#### 1,000", "1000", 1.0),
+        ("18", "18 or 19", 0.0),
+        ("18", "", 0.0),
+        ("many", "18", 0.0),
+    ],
+)
+def test_numeric_score(answer: str, completion: str, score: float) -> None:
+    assert tasks.numeric_score(Example("q", answer, "t"), completion) == score
+
+
+@pytest.mark.parametrize(
+    ("answer", "completion", "found"),
+    [
+        ("aunt", "She is his Aunt.", True),
+        ("aunt", "She haunts him", False),
+        ("-3", "it is -3", True),
+        ("3", "it is 13", False),
+        ("a (b)", "an A (b)!", True),
+        (" ", "anything", False),
+    ],
+)
+def test_mentions(answer: str, completion: str, found: bool) -> None:
+    assert tasks.mentions(Example("q", answer, "t"), completion) is found
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [("so <answer> 4 </answer> <answer>5</answer>", "5"), (" 6 ", "6"), ("<answer>a\nb</answer>.", "a\nb")],
+)
+def test_tagged_answer(text: str, answer: str) -> None:
+    assert tasks.tagged_answer(text) == answer
+
+
+def test_exact_score_ignores_case_and_blanks_only() -> None:
+    example = Example("q", "Kai  and River", "t")
+    assert [tasks.exact_score(example, a) for a in ("kai and\nriver", "kai and river.")] == [1.0, 0.0]
