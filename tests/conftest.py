@@ -23,7 +23,7 @@ if os.environ.get("LORA_LITE_NO_TYPECHECK") != "1":  # fullgraph compilation doe
 
     if "lora_lite" in sys.modules:
         raise pytest.UsageError("lora_lite was imported before tests/conftest.py could install the type-checking hook")
-    install_import_hook("lora_lite", "beartype.beartype")
+    install_import_hook("lora_lite", "typechecker.check")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -78,3 +78,31 @@ def same_bits(before: dict[str, Tensor], model: nn.Module) -> bool:
 
 def relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
+
+
+def attached(model: nn.Module, method: str, batches: Iterable[Any] = (), name: str = "default", **changes: Any) -> Any:
+    """Attach the method's tiny config, calibrated on the batches where it needs them, and perturb its tensors."""
+    cfg = tiny(method, **changes)
+    att = ll.attach(model, cfg, calibration(cfg, batches), name=name)
+    perturb(att.targets.values())
+    return att
+
+
+def train(model: nn.Module, batch: Any, steps: int = 2, lr: float = 1e-2) -> None:
+    """A few optimiser steps on the sum of squares of the model's (first) output."""
+    optimizer = torch.optim.AdamW(ll.param_groups(model, lr=lr))
+    for _ in range(steps):
+        optimizer.zero_grad()
+        output = model(batch)
+        (output if isinstance(output, Tensor) else output[0]).float().square().mean().backward()
+        optimizer.step()
+
+
+def anatomy(model: nn.Module) -> dict[str, Any]:
+    """All that attach might leave behind, except bits: modules, attributes, hooks, flags and modes."""
+    found: dict[str, Any] = {
+        path: (type(module), sorted(module.__dict__), module.training, len(module._forward_hooks),
+               len(module._forward_pre_hooks), len(module._forward_hooks_with_kwargs))
+        for path, module in model.named_modules()
+    }  # fmt: skip
+    return found | {f"{key}: flag": p.requires_grad for key, p in model.named_parameters()}

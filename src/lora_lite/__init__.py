@@ -6,6 +6,8 @@ import lora_lite as ll
 from importlib.metadata import version as _version
 from typing import Any
 
+# The folder first: importing it later would put the module in the place of the function of that name.
+from lora_lite import variants as _methods  # noqa: F401
 from lora_lite.adapter import Adapter, register, variants
 from lora_lite.attach import Attachment, attach, attachment, base_state_dict, detach
 from lora_lite.check import CheckReport, check

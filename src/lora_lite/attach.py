@@ -254,8 +254,10 @@ def commit(
     state: State = model.__dict__.setdefault(ROOT, State())
     if not state.adapters:
         state.requires_grad = {key: p.requires_grad for key, p in model.named_parameters()}
+    # By identity, for a tied parameter has several names.
+    trained = {id(model.get_parameter(key)) for attached in state.adapters.values() for key in attached.originals}
     for key, parameter in model.named_parameters():
-        if not _is_adapters(key, model) and not any(key in attached.originals for attached in state.adapters.values()):
+        if not _is_adapters(key, model) and id(parameter) not in trained:
             parameter.requires_grad_(False)
     originals = {key: parameter.detach().to("cpu", copy=True) for key, parameter in also.items()}
     for parameter in also.values():

@@ -15,6 +15,8 @@ from lora_lite.state import State, adapters_of, refuse_merged, root_of, scale, t
 from lora_lite.stats import generator, run
 
 PERTURBATION = 1e-2
+EXPERT = re.compile(r"\.experts\.\d+\.")  # which tokens reach an expert is not ours to say
+TRAIN_PASSES = 4  # at most, for models that skip layers at random in training (layer drop)
 
 
 @dataclass
@@ -23,10 +25,12 @@ class Layer:
 
     Attributes:
         calls: how many times it ran (in train and in eval mode together).
+        modes: the modes in which it ran: True for train, False for eval.
         grad_norms: tensor name -> norm of its gradient.
     """
 
     calls: int = 0
+    modes: set[bool] = field(default_factory=set)
     grad_norms: dict[str, float] = field(default_factory=dict)
 
 
@@ -95,8 +99,11 @@ def check(model: nn.Module, batches: Iterable[Any]) -> CheckReport:
             p.grad = None
         for mode in (True, False):
             model.train(mode)
-            for batch in batches:
-                _loss(run(model, batch)).backward()
+            for _ in range(TRAIN_PASSES if mode else 1):
+                for batch in batches:
+                    _loss(run(model, batch)).backward()
+                if all(mode in layer.modes for layers in report.layers.values() for layer in layers.values()):
+                    break
         _note_gradients(report, adapters)
         model.eval()
         effect, independent = _turn(model, state, batches[0])
@@ -119,6 +126,7 @@ def check(model: nn.Module, batches: Iterable[Any]) -> CheckReport:
 def _counting(layer: Layer) -> Any:
     def hook(adapter: nn.Module, args: Any, output: Any) -> None:
         layer.calls += 1
+        layer.modes.add(adapter.training)
 
     return hook
 
@@ -146,7 +154,7 @@ def _note_gradients(report: CheckReport, adapters: Mapping[str, Mapping[str, Ada
             for key, p in adapter.named_parameters():
                 norm = float("nan") if p.grad is None else float(p.grad.norm())
                 report.layers[name][path].grad_norms[key] = norm
-            if report.layers[name][path].calls == 0 and re.search(r"\.experts\.\d+\.", path):
+            if report.layers[name][path].calls == 0 and EXPERT.search(path):
                 report.idle_experts.append(path)
 
 
@@ -183,6 +191,12 @@ def _raise_findings(report: CheckReport, adapters: Mapping[str, Mapping[str, Ada
                 raise CheckError(
                     f"adapter {name!r} on {path} never ran: the model uses that weight without calling the layer, or "
                     "the batches do not reach it; leave it out with exclude_names, or give other batches"
+                )
+            if len(layer.modes) == 1 and not EXPERT.search(path):
+                only, not_in = ("train", "eval") if True in layer.modes else ("eval", "train")
+                raise CheckError(
+                    f"adapter {name!r} on {path} ran in {only} mode but not in {not_in} mode, where the model takes "
+                    "another path that reads the weight without calling the layer; leave it out with exclude_names"
                 )
             norms = list(layer.grad_norms.values())
             if adapters[name][path].trained and not any(norm > 0 and norm < float("inf") for norm in norms):

@@ -1,6 +1,5 @@
 """Adapter files: one safetensors file with JSON metadata, written atomically, and checked whole before it is used."""
 
-import contextlib
 import hashlib
 import json
 import os
@@ -19,8 +18,8 @@ from torch import Tensor, nn
 
 from lora_lite.adapter import Adapter, variant_of, variants
 from lora_lite.attach import Attachment, attachment, check_layer, commit, find_train_also, refuse_unready
-from lora_lite.config import AdapterConfig
-from lora_lite.errors import BaseMismatchError, CheckpointError, StateError
+from lora_lite.config import AdapterConfig, is_int
+from lora_lite.errors import BaseMismatchError, CheckpointError, StateError, TargetError
 from lora_lite.linear import dense, execution_device, is_linear, shape
 from lora_lite.state import adapters_of, find_root, refuse_merged, root_of
 from lora_lite.stats import generator
@@ -130,13 +129,10 @@ def load(
     _check_keys(file, built)
     if base == "same":
         _check_base(file, layers)
-    patterns = [f"^{re.escape(key)}$" for key in file.also]
     if taken:
         return _overwrite(root, file, name, built)
-    also = find_train_also(root, {target: (layer, 0) for target, layer in layers.items()}, patterns)
-    for key, parameter in also.items():
-        if parameter.shape != file.tensors[f"also.{key}"].shape:
-            raise file.error(f"{key} has shape {tuple(parameter.shape)} in the model, but another in the file")
+    also = _find_also(root, file, layers)
+    _check_also(file, also)
     with torch.no_grad():
         for target, adapter in built.items():
             adapter.derive(layers[target])
@@ -146,6 +142,24 @@ def load(
         for key, parameter in also.items():
             parameter.copy_(file.tensors[f"also.{key}"])
     return attachment(root, name)
+
+
+def _find_also(root: nn.Module, file: File, layers: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """The base parameters that the file holds trained values of."""
+    patterns = [rf"\A{re.escape(key)}\Z" for key in file.also]
+    try:
+        also = find_train_also(root, {target: (layer, 0) for target, layer in layers.items()}, patterns)
+    except TargetError as error:
+        raise file.error(f"does not fit the model: {error}") from error
+    if tied := [key for key in file.also if key not in also]:
+        raise file.error(f"has values of {tied[0]} and of a parameter that is the same one in this model")
+    return also
+
+
+def _check_also(file: File, also: Mapping[str, nn.Parameter]) -> None:
+    for key, parameter in also.items():
+        if parameter.shape != (found := file.tensors[f"also.{key}"].shape):
+            raise file.error(f"{key} has shape {tuple(parameter.shape)} in the model, but {tuple(found)} in the file")
 
 
 def _overwrite(root: nn.Module, file: File, name: str, built: dict[str, Adapter]) -> Attachment:
@@ -158,6 +172,7 @@ def _overwrite(root: nn.Module, file: File, name: str, built: dict[str, Adapter]
         raise StateError(
             f"{file.where}: has other configs, targets or train_also than the attached {name!r}; detach that one first"
         )
+    _check_also(file, {key: root.get_parameter(key) for key in file.also})
     with torch.no_grad():
         for target, adapter in adapters.items():
             for key, value in built[target].state_dict().items():
@@ -179,7 +194,8 @@ def read(where: Path) -> File:
             file = _parse(where, header)
             keys = list(handle.keys())
             _check_shapes(file, {key: handle.get_slice(key) for key in keys})
-            file.tensors.update({key: handle.get_tensor(key) for key in keys})
+            # Cloned, for the tensors that safetensors gives are views of the file and change when it is written to.
+            file.tensors.update({key: handle.get_tensor(key).clone() for key in keys})
     except SafetensorError as error:
         raise CheckpointError(f"{where}: is no whole safetensors file ({error}); copy it again") from error
     if checksum(header, file.tensors) != checked:
@@ -212,10 +228,12 @@ def _parse(where: Path, header: dict[str, Any]) -> File:
         configs = [known[each["variant"]].Config.from_dict(each["config"]) for each in header["configs"]]
         targets = {}
         for path, entry in header["targets"].items():
-            shared = configs[entry["config"]]
-            i, o = (int(n) for n in entry["shape"])
+            index, (i, o) = entry["config"], entry["shape"]
+            if not (is_int(index, 0) and is_int(i, 1) and is_int(o, 1)):
+                raise ValueError(f"{path} has config {index!r} and shape {entry['shape']!r}")
+            shared = configs[index]
             own = type(shared).from_dict({**shared.to_dict(), **entry["changes"]}) if entry["changes"] else shared
-            targets[str(path)] = (int(entry["config"]), own, (i, o))
+            targets[str(path)] = (index, own, (i, o))
         also = [str(key) for key in header["train_also"]]
     except KeyError as error:
         raise CheckpointError(
@@ -249,8 +267,8 @@ def _empty(file: File, path: str, cfg: AdapterConfig, i: int, o: int) -> Adapter
     try:
         with torch.device("meta"):
             return variant_of(cfg)(cfg, i, o)  # type: ignore[call-arg]
-    except (ValueError, RuntimeError) as error:
-        raise file.error(f"{path}: {error}") from error
+    except (ValueError, RuntimeError, TypeError) as error:  # the latter two: sizes beyond what torch can count
+        raise file.error(f"{path}: {str(error).splitlines()[0]}") from error
 
 
 def _layer(root: nn.Module, file: File, path: str) -> nn.Module:
@@ -312,10 +330,10 @@ def checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 def write_atomically(where: Path, data: bytes) -> None:
     """Replace the file `where` by `data`: at any moment it holds the old content or the new, even after a crash."""
     where.parent.mkdir(parents=True, exist_ok=True)
-    for stale in where.parent.glob(f".{where.name}.*.tmp"):
-        with contextlib.suppress(FileNotFoundError):
-            if not _alive(int(stale.name.split(".")[-3])):
-                stale.unlink()
+    ours = re.compile(rf"\.{re.escape(where.name)}\.(\d{{1,9}})\.[0-9a-f]{{8}}\.tmp")
+    for stale in where.parent.iterdir():
+        if (found := ours.fullmatch(stale.name)) and not _alive(int(found[1])):
+            stale.unlink(missing_ok=True)
     temporary = where.parent / f".{where.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
     try:
         with open(temporary, "xb") as handle:

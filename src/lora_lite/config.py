@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -26,18 +27,18 @@ def is_int(value: object, low: int) -> bool:
 
 
 def is_number(value: object, low: float = -math.inf, high: float = math.inf) -> bool:
-    """A finite real number in [low, high]."""
-    return (
-        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high
-    )
+    """A finite real number in [low, high], no larger than a float can be."""
+    real = isinstance(value, int | float) and not isinstance(value, bool)
+    return real and abs(value) <= sys.float_info.max and low <= value <= high
 
 
 def _strings(config: object, field: str) -> None:
     """Normalise a tuple-of-strings field in place; a bare string is refused, for it would be read letter by letter."""
     value = getattr(config, field)
-    ok = isinstance(value, Iterable) and not isinstance(value, str) and all(isinstance(v, str) for v in value)
-    require(ok, config, field, "a tuple of strings, e.g. ('q_proj', 'v_proj')")
-    object.__setattr__(config, field, tuple(value))
+    ok = isinstance(value, Iterable) and not isinstance(value, str)
+    strings = tuple(value) if ok else ()  # read once: an iterator gives its items only once
+    require(ok and all(isinstance(v, str) for v in strings), config, field, "a tuple of strings, e.g. ('q_proj',)")
+    object.__setattr__(config, field, strings)
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,10 @@ class AdapterConfig:
                     ) from error
         require(set(self.target_roles) <= set(ROLES), self, "target_roles", f"a subset of {ROLES}")
         if self.layers is not None:
-            ok = isinstance(self.layers, Iterable) and all(is_int(index, 0) for index in self.layers)
-            require(ok and len(tuple(self.layers)) > 0, self, "layers", "None or a non-empty tuple of integers >= 0")
-            object.__setattr__(self, "layers", tuple(self.layers))
+            layers = tuple(self.layers) if isinstance(self.layers, Iterable) else ()
+            ok = len(layers) > 0 and all(is_int(index, 0) for index in layers)
+            require(ok, self, "layers", "None or a non-empty tuple of integers >= 0")
+            object.__setattr__(self, "layers", layers)
         require(self.d_model is None or is_int(self.d_model, 1), self, "d_model", "None or an integer >= 1")
         require(is_int(self.seed, 0), self, "seed", "an integer >= 0")
         for field in dataclasses.fields(self):

@@ -34,7 +34,7 @@ def make_llama(cls: type[LlamaForCausalLM] = LlamaForCausalLM, vocab_size: int =
         num_key_value_heads=2,
         eos_token_id=256,
         bos_token_id=None,
-        pad_token_id=257,
+        pad_token_id=None,  # the tokenizer knows it
     )
     torch.manual_seed(0)
     return cls(config).eval()

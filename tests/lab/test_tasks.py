@@ -155,6 +155,19 @@ def test_prompts_are_built_from_a_template_even_with_braces_in_the_question() ->
     assert example.prompt.startswith("Task: Find") and example.instruction == "Short."
 
 
+def test_what_every_question_repeats_can_be_dropped() -> None:
+    task = tasks.load_task(r"word_sequence_reversal:drop=^.*after the comma\.\s*,max_words=4")
+    for example in task.examples("validation", 5):
+        assert example.prompt.startswith("Reverse this list of words: ")
+        assert task.score(example, example.answer) == 1.0
+
+
+@pytest.mark.parametrize(("drop", "message"), [("(", "not a regular expression"), (".*", "nothing is left")])
+def test_a_bad_drop_is_an_error(drop: str, message: str) -> None:
+    with pytest.raises(TaskError, match=message):
+        tasks.build_prompt("2 + 2", drop=drop)
+
+
 @pytest.mark.parametrize(
     ("text", "number"),
     [

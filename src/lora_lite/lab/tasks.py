@@ -140,11 +140,21 @@ def split_by_content(stream: Callable[[int], Iterator[Example]]) -> Source:
 # ---- prompts, answers and scores: pure functions
 
 
-def build_prompt(question: str, template: str = TEMPLATE) -> str:
-    """The question put into a template with the one field {question}."""
+def build_prompt(question: str, template: str = TEMPLATE, drop: str = "") -> str:
+    """The question put into a template with the one field {question}.
+
+    drop: regular expression of what to leave out first, such as a preamble that is the same for every question
+    (tokens cost time); "." matches line ends too. Raises TaskError if it is no expression, or leaves nothing.
+    """
     if "{question}" not in template:
         raise TaskError(f"the template {template!r} has no {{question}}")
-    return template.replace("{question}", question.strip())
+    try:
+        kept = re.sub(drop, "", question, flags=re.DOTALL).strip() if drop else question.strip()
+    except re.error as error:
+        raise TaskError(f"drop={drop!r} is not a regular expression: {error}") from error
+    if not kept:
+        raise TaskError(f"nothing is left of the question {question!r} with drop={drop!r}")
+    return template.replace("{question}", kept)
 
 
 def last_number(text: str) -> str:
@@ -193,8 +203,13 @@ def from_examples(name: str, examples: Sequence[Example], verify: Verifier = exa
     return Task(name, split_by_content(stream), verify, **options)
 
 
-def gym_task(name: str, instruction: str = INSTRUCTION, template: str = TEMPLATE, **params: Any) -> Task:
-    """A task from a reasoning-gym generator with its own verifier. params: fields of the generator's config."""
+def gym_task(
+    name: str, instruction: str = INSTRUCTION, template: str = TEMPLATE, drop: str = "", **params: Any
+) -> Task:
+    """A task from a reasoning-gym generator with its own verifier.
+
+    template, drop: see `build_prompt`. params: fields of the generator's config.
+    """
     if name not in DATASETS:
         close = difflib.get_close_matches(name, DATASETS, n=3) or sorted(DATASETS)
         raise TaskError(f"no reasoning-gym generator {name!r}; did you mean {', '.join(close)}?")
@@ -207,7 +222,7 @@ def gym_task(name: str, instruction: str = INSTRUCTION, template: str = TEMPLATE
             dataset = _gym_dataset(name, params, derive_seed(name, seed, block))
             for index in range(BLOCK):
                 entry = dataset[index]
-                prompt = build_prompt(entry["question"], template)
+                prompt = build_prompt(entry["question"], template, drop)
                 yield Example(prompt, entry["answer"].strip(), name, instruction, entry)
 
     return Task(name, split_by_content(stream), partial(_gym_verify, judge))
@@ -248,7 +263,7 @@ def mixture(tasks: Sequence[Task]) -> Task:
 
 
 def load_task(spec: str) -> Task:
-    """A task from a line of text: "name", "name:key=value,key=value" (the generator's parameters), or several with "+".
+    """A task from a line of text: "name", "name:key=value,key=value" (arguments of `gym_task`), or several with "+".
 
     Values are Python literals, anything else is a string: "spell_backward:max_word_len=5+gcd".
     Raises TaskError for an unknown name (with near misses) or a parameter that the generator refuses.

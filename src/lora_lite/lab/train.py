@@ -6,6 +6,7 @@ same machine ends with the same bits as one that was not.
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import shutil
@@ -73,7 +74,9 @@ class TrainConfig:
         if not self.clip > 0 or (self.lr is not None and not (0 < self.lr < math.inf)):
             raise ValueError(f"TrainConfig: lr = {self.lr} and clip = {self.clip} must be > 0")
         if self.batch_size % self.accumulation:
-            raise ValueError(f"TrainConfig.accumulation = {self.accumulation}: must divide batch_size {self.batch_size}")
+            raise ValueError(
+                f"TrainConfig.accumulation = {self.accumulation}: must divide batch_size {self.batch_size}"
+            )
 
 
 @dataclass
@@ -82,7 +85,8 @@ class Progress:
 
     Attributes:
         losses: mean answer loss of each step.
-        tokens: tokens read, padding left out. answer_tokens: those among them that were learnt.
+        tokens: tokens read, padding left out.
+        answer_tokens: those among them that were learnt.
         seconds: time in the loop.
     """
 
@@ -126,7 +130,7 @@ def train(
     Raises:
         TrainingError: a loss that is not finite, an adapter that never ran, or a checkpoint of another run.
     """
-    accelerator = Accelerator(gradient_accumulation_steps=cfg.accumulation, cpu=model.device.type == "cpu")
+    accelerator = Accelerator(cpu=model.device.type == "cpu")
     found = last_checkpoint(folder) if folder is not None and resume else None
     att = ll.load(model, found / ADAPTER, name=name, overwrite=True) if found else ll.attachment(model, name)
     peak = cfg.lr if cfg.lr is not None else next(iter(att.targets.values())).lr
@@ -153,7 +157,8 @@ def train(
             _note(progress, loss, batch, time.perf_counter() - started)
             bar.set_postfix_str(f"loss {loss:.3f}, {progress.tokens / progress.seconds:,.0f} tokens/s")
             bar.update()
-            if folder is not None and cfg.save_every and (progress.step % cfg.save_every == 0) and accelerator.is_main_process:
+            due = cfg.save_every and progress.step % cfg.save_every == 0
+            if folder is not None and due and accelerator.is_main_process:
                 save_checkpoint(folder, model, name, optimizer, progress, cfg, items)
             if on_step is not None:
                 on_step(progress)
@@ -181,8 +186,9 @@ def _step(accelerator: Accelerator, model: Any, batch: Sequence[Encoded], pad: i
 
 
 def _refuse_idle(att: ll.Attachment) -> None:
-    idle = [path for path, adapter in att.targets.items() if all(p.grad is None for p in adapter.parameters())]
-    if idle and len(idle) == len([path for path in idle if ".experts." not in path]):
+    silent = [path for path, adapter in att.targets.items() if all(p.grad is None for p in adapter.parameters())]
+    idle = [path for path in silent if ".experts." not in path]  # an expert may get no token in a step
+    if idle:
         raise TrainingError(
             f"{len(idle)} of {len(att.targets)} adapters never ran, such as {idle[0]}: the model uses that weight without "
             "calling the layer; leave it out with exclude_names"
@@ -201,8 +207,6 @@ def _note(progress: Progress, loss: float, batch: Sequence[Encoded], seconds: fl
 
 def fingerprint(cfg: TrainConfig, items: Sequence[Encoded]) -> str:
     """A hash of what a run must share with the checkpoint that it goes on from."""
-    import hashlib
-
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(cfg), sort_keys=True).encode())
     for item in items:
         digest.update(repr((item.prompt, item.answer)).encode())

@@ -33,7 +33,7 @@ class RoadConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.road_variant in VARIANTS, self, "road_variant", f"one of {', '.join(VARIANTS)}")
+        require(self.road_variant in list(VARIANTS), self, "road_variant", f"one of {', '.join(VARIANTS)}")
         ok = is_int(self.group_size, 2) and self.group_size % 2 == 0
         require(ok, self, "group_size", "an even integer >= 2 that divides the layer's out_features")
 

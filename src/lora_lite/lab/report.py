@@ -1,0 +1,47 @@
+"""What a run prints for people: a table, and worked examples before and after."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from lora_lite.lab.evaluate import Record
+from lora_lite.lab.run import Result
+
+EXAMPLES = 3
+
+
+def show(result: Result, console: Console | None = None) -> None:
+    """Print the result."""
+    console = console or Console()
+    summary = result.summary
+    table = Table("", "before", "after", title=f"{summary['run']['task']}: {summary['items']} held-out items")
+    for label, before, after in (
+        ("accuracy", result.before.accuracy, result.after.accuracy),
+        ("mean score of the verifier", result.before.mean_score, result.after.mean_score),
+        ("answer occurs anywhere", result.before.mention_rate, result.after.mention_rate),
+    ):
+        table.add_row(label, f"{before:.1%}", f"{after:.1%}")
+    console.print(table)
+    costs = Table("cost", "", show_header=False)
+    costs.add_row("trained parameters", f"{summary['trainable']:,}")
+    costs.add_row("adapter file", f"{summary['adapter_bytes']:,} bytes ({summary['adapter']})")
+    costs.add_row("training", f"{summary['seconds']['train']:.0f} s, {summary['tokens_per_second']:,.0f} tokens/s")
+    costs.add_row("whole run", f"{sum(summary['seconds'].values()):.0f} s")
+    costs.add_row("peak memory", f"{summary['peak_memory_mb']:,.0f} MB")
+    costs.add_row("loaded on a fresh base", f"{summary['reloaded_answers_compared']} answers compared, all the same")
+    console.print(costs)
+    for before, after in pick(result.before.records, result.after.records):
+        console.rule()
+        console.print(before.prompt.strip()[-400:], markup=False, highlight=False)
+        for label, text in (("expected", before.answer), ("before", before.completion), ("after", after.completion)):
+            console.print(f"  {label:<9} {' '.join(text.split())[:200]}", markup=False, highlight=False)
+
+
+def pick(before: Sequence[Record], after: Sequence[Record], n: int = EXAMPLES) -> list[tuple[Record, Record]]:
+    """The first n items as they come, but with a wrong answer among them if there is one: losses belong in the picture."""
+    pairs = list(zip(before, after, strict=True))
+    wrong = [pair for pair in pairs if not pair[1].correct]
+    if wrong and all(later.correct for _, later in pairs[:n]):
+        return [*pairs[: n - 1], wrong[0]]
+    return pairs[:n]

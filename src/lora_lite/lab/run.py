@@ -1,0 +1,237 @@
+"""One whole run: measure the base, attach, train, measure again, save, and load on a fresh base.
+
+`finetune` does it and returns a `Result`; the command line prints it.
+"""
+
+import dataclasses
+import json
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+import lora_lite as ll
+from lora_lite.adapter import variant_of
+from lora_lite.lab.data import MAX_LENGTH, Encoded, collate, encode
+from lora_lite.lab.evaluate import Evaluation, evaluate
+from lora_lite.lab.models import EMBEDDED, load_model
+from lora_lite.lab.tasks import load_task
+from lora_lite.lab.train import Progress, TrainConfig, last_checkpoint, train
+
+CALIBRATION_BATCHES = 8
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class RunError(ll.LoraLiteError, RuntimeError):
+    """A run cannot start, or its saved adapter does not answer as the trained one did."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What to fine-tune, on what, and where to.
+
+    Attributes:
+        model: "smollm2" (embedded), a hub id or a local folder.
+        task: a reasoning-gym task, with parameters as in "gcd:max_value=100", or several joined by "+".
+        dtype: of the base: "float32", "bfloat16", or "auto": bfloat16 where the device computes in it.
+        device: where to run. None: the GPU if there is one.
+        train_examples: distinct examples to train on.
+        test_examples: held-out items to measure on.
+        train_also: regexes of base parameters to train as well, such as a head or an embedding.
+        reload_examples: items that the reloaded adapter must answer as the trained one did.
+        max_length: longest example in tokens; longer ones are left out and counted.
+        out: folder for the adapter, the checkpoints and the result.
+        resume: go on from the last checkpoint in `out`.
+    """
+
+    model: str = EMBEDDED
+    task: str = "family_relationships"
+    dtype: str = "auto"
+    device: str | None = None
+    train_examples: int = 640
+    test_examples: int = 100
+    reload_examples: int = 16
+    train_also: tuple[str, ...] = ()
+    max_length: int = MAX_LENGTH
+    out: Path = Path("runs/latest")
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (*DTYPES, "auto"):
+            raise ValueError(f"RunConfig.dtype = {self.dtype!r}: must be one of auto, {', '.join(DTYPES)}")
+        for name in ("train_examples", "test_examples", "max_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"RunConfig.{name} = {getattr(self, name)}: must be an integer >= 1")
+        if not 0 <= self.reload_examples <= self.test_examples:
+            raise ValueError(f"RunConfig.reload_examples = {self.reload_examples}: must be in [0, test_examples]")
+
+
+@dataclass
+class Result:
+    """What a run found. `summary` is what the last line of output holds."""
+
+    before: Evaluation
+    after: Evaluation
+    progress: Progress
+    attachment: str
+    seconds: dict[str, float]
+    summary: dict[str, Any] = field(default_factory=dict)
+
+
+def pick_device(device: str | None) -> torch.device:
+    """The device asked for, or the GPU if there is one."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of the base; "auto" takes bfloat16 only where it is computed in hardware, for elsewhere it is slower."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported()
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory so far: of the GPU where there is one, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+class Clock:
+    """Seconds of each named phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[phase] = round(time.perf_counter() - started, 2)
+
+
+def finetune(run: RunConfig, method: ll.AdapterConfig | Sequence[ll.AdapterConfig], training: TrainConfig) -> Result:
+    """Measure, attach, train, measure, save, reload and compare. Writes `adapter.safetensors` and `result.json`.
+
+    Raises:
+        RunError: the output folder holds another run's checkpoints, or the reloaded adapter answers differently.
+        ModelError, TaskError, DataError, TrainingError, TargetError, ...: as each part says.
+    """
+    clock, device = Clock(), pick_device(run.device)
+    dtype = pick_dtype(run.dtype, device)
+    checkpoints = run.out / "checkpoints"
+    if not run.resume and last_checkpoint(checkpoints) is not None:
+        raise RunError(f"{checkpoints} holds checkpoints: give --resume to go on, or another --out")
+    task = load_task(run.task)
+    with clock("load"):
+        model, tokenizer = load_model(run.model, dtype, device)
+        train_set = task.examples("train", run.train_examples, training.seed)
+        test_set = task.examples("test", run.test_examples, seed=0)
+        items, report = encode(train_set, tokenizer, run.max_length)
+    tqdm.write(f"{run.task}: {report}; {len(test_set)} held-out items")
+    with clock("evaluate_before"):
+        before = evaluate(model, tokenizer, task, test_set)
+    pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
+    with clock("attach"):
+        att = ll.attach(model, method, calibration(method, items, pad, training.batch_size), train_also=run.train_also)
+    tqdm.write(att.summary())
+    with clock("train"):
+        progress = train(model, items, pad, training, checkpoints, run.resume)
+    with clock("evaluate_after"):
+        after = evaluate(model, tokenizer, task, test_set)
+    adapter = ll.save(model, run.out / "adapter.safetensors")
+    with clock("reload"):
+        # Answered anew, in one batch: padded otherwise, a near tie could turn out otherwise.
+        examples = test_set[: run.reload_examples]
+        if examples:
+            answers = evaluate(model, tokenizer, task, examples, progress=False)
+            fresh = load_model(run.model, dtype, device)
+            ll.load(fresh[0], adapter)
+            require_same_answers(answers, evaluate(*fresh, task, examples, progress=False), adapter)
+    result = Result(before, after, progress, att.summary(), clock.seconds)
+    result.summary = summarize(run, method, training, result, att, device, dtype, adapter)
+    write_result(run.out / "result.json", result)
+    return result
+
+
+def calibration(
+    method: ll.AdapterConfig | Sequence[ll.AdapterConfig], items: Sequence[Encoded], pad: int, batch_size: int
+) -> list[dict[str, Any]] | None:
+    """A few training batches, if a method needs them."""
+    methods = [method] if isinstance(method, ll.AdapterConfig) else method
+    if not any(variant_of(cfg).needs(cfg) for cfg in methods):
+        return None
+    starts = range(0, min(len(items), CALIBRATION_BATCHES * batch_size), batch_size)
+    batches = [collate(items[start : start + batch_size], pad) for start in starts]
+    return [{key: batch[key] for key in ("input_ids", "attention_mask")} for batch in batches]
+
+
+def require_same_answers(trained: Evaluation, reloaded: Evaluation, adapter: Path) -> None:
+    """Raise `RunError` where the reloaded adapter answers otherwise than the trained one."""
+    for ours, again in zip(trained.records, reloaded.records, strict=True):
+        if ours.completion != again.completion:
+            raise RunError(
+                f"{adapter}: the reloaded adapter answers {again.completion!r} where the trained one said "
+                f"{ours.completion!r} (prompt: {ours.prompt!r})"
+            )
+
+
+def summarize(
+    run: RunConfig,
+    method: ll.AdapterConfig | Sequence[ll.AdapterConfig],
+    training: TrainConfig,
+    result: Result,
+    att: ll.Attachment,
+    device: torch.device,
+    dtype: torch.dtype,
+    adapter: Path,
+) -> dict[str, Any]:
+    """Everything needed to read, and to repeat, the result."""
+    methods = [method] if isinstance(method, ll.AdapterConfig) else list(method)
+    return {
+        "accuracy_before": result.before.accuracy,
+        "accuracy_after": result.after.accuracy,
+        "mention_rate_before": result.before.mention_rate,
+        "mention_rate_after": result.after.mention_rate,
+        "items": len(result.after.records),
+        "trainable": att.num_trainable,
+        "adapter": str(adapter),
+        "adapter_bytes": adapter.stat().st_size,
+        "reloaded_answers_compared": run.reload_examples,
+        "seconds": result.seconds,
+        "tokens_per_second": round(result.progress.tokens / result.progress.seconds, 1),
+        "peak_memory_mb": round(peak_memory_mb(device), 1),
+        "final_loss": result.progress.losses[-1],
+        "methods": [{"variant": variant_of(cfg).name, **cfg.to_dict()} for cfg in methods],
+        "training": dataclasses.asdict(training),
+        "run": {**dataclasses.asdict(run), "out": str(run.out)},
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in ("lora-lite", "torch", "transformers", "reasoning-gym")},
+    }
+
+
+def write_result(path: Path, result: Result) -> None:
+    """Write summary, losses and every item's answers as JSON."""
+    data = {
+        **result.summary,
+        "losses": result.progress.losses,
+        "before": [dataclasses.asdict(record) for record in result.before.records],
+        "after": [dataclasses.asdict(record) for record in result.after.records],
+    }
+    path.write_text(json.dumps(data, indent=1) + "\n")
