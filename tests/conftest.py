@@ -10,9 +10,9 @@ from hypothesis import settings
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may try the network; read when huggingface_hub is first imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores, and so do the processes that their tests start
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
+# The models are tiny and the workers share the cores, as do the processes that their tests start.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # The same examples in every run. No deadline: a slow machine is no failure.
 settings.register_profile("repeatable", derandomize=True, deadline=None)

@@ -1,5 +1,6 @@
 """What an adapter is: a small module under its target layer, and the registry of methods."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
@@ -40,6 +41,11 @@ def full_precision(device: torch.device) -> torch.autocast:
 def kaiming_uniform_(tensor: Tensor, rng: torch.Generator) -> Tensor:
     """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), `nn.Linear`'s own initialisation (kaiming with a = sqrt 5)."""
     return nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=rng)
+
+
+def _device_only(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    moved = fn(tensor)
+    return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
 
 class Adapter(nn.Module):
@@ -125,12 +131,7 @@ class Adapter(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Adapter":
         """Follow the model's device, not its dtype: 16-bit steps near 1 are too wide for an adapter to learn."""
-
-        def device_only(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(device_only, recurse)
+        return super()._apply(functools.partial(_device_only, fn), recurse)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={tuple(value.shape)}" for key, value in self.state_dict().items())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_lite.adapter import Adapter, variant_of
 from lora_lite.config import AdapterConfig
-from lora_lite.errors import LoraLiteWarning, StateError, TargetError
+from lora_lite.errors import CalibrationError, LoraLiteWarning, StateError, TargetError
 from lora_lite.hooks import hook_layer, hook_root
 from lora_lite.linear import execution_device, is_sharded, shape
 from lora_lite.state import ROOT, Attached, Dial, State, adapters_of, find_root, refuse_merged, root_of
@@ -237,6 +237,8 @@ def _build(cfg: AdapterConfig, path: str, layer: nn.Module, stats: Statistics | 
         with torch.no_grad():
             adapter.init(layer, stats, generator(cfg.seed, path))
             adapter.to(execution_device(layer))
+    except CalibrationError as error:
+        raise CalibrationError(f"{path}: {error}") from error
     except ValueError as error:
         raise TargetError(f"{path}: {error}") from error
     return adapter

@@ -179,7 +179,7 @@ def _step(accelerator: Accelerator, model: Any, batch: Sequence[Encoded], pad: i
         inputs = {key: value.to(accelerator.device) for key, value in collate(part, pad).items()}
         loss, count = answer_loss(model, inputs)
         if not torch.isfinite(loss):
-            raise TrainingError(f"the loss is {float(loss)}: lower the learning rate, or look at the data")
+            raise TrainingError(f"the loss is {loss.item()}: lower the learning rate, or look at the data")
         (loss * (count / total)).backward()
         mean += float(loss.detach()) * count / total
     return mean

@@ -16,6 +16,7 @@ from torch import nn
 
 from lora_lite.adapter import register
 from lora_lite.config import is_number, require
+from lora_lite.errors import CalibrationError
 from lora_lite.variants.lora import LoRA, LoRAConfig
 
 
@@ -75,7 +76,7 @@ class EVA(LoRA):
 
     def init(self, layer: nn.Module, stats: Any, rng: torch.Generator) -> None:
         if stats.tokens < self.cfg.r:
-            raise ValueError(
+            raise CalibrationError(
                 f"{stats.tokens} calibration tokens cannot give r = {self.cfg.r} directions; give more data"
             )
         if self.cfg.r > self.A.shape[1]:
