@@ -36,7 +36,7 @@ class SideBySide(TwoLayers):
     """The two layers read different features of the same input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.first(x[:, :24]), self.second(x[:, 24:])], dim=1)
+        return torch.cat([self.first(x[:, :24].contiguous()), self.second(x[:, 24:].contiguous())], dim=1)
 
 
 def spread_data(rows: int = 400) -> Tensor:
@@ -107,9 +107,7 @@ def test_padding_is_left_out() -> None:
     """The same tokens with other padding ids give the same directions; counted as tokens, padding changes them."""
     batches = padded_batches()
     other = [{**b, "input_ids": b["input_ids"] + 5 * (1 - b["attention_mask"])} for b in batches]
-    unmasked = [
-        {"input_ids": b["input_ids"]} for b in other
-    ]  # (id 0 has a zero embedding, and would count for nothing)
+    unmasked = [{"input_ids": b["input_ids"]} for b in other]  # (the embedding of id 0 is zero)
     cfg = ll.EVAConfig(r=4, target_names=("layers.0.self_attn.q_proj",), **COMMON)
     first, second, third = (
         ll.attach(tiny_llama(F64), cfg, data).targets["model.layers.0.self_attn.q_proj"].A.detach()
@@ -197,11 +195,10 @@ def test_a_layer_that_explains_too_little_gets_no_adapter() -> None:
 
 def test_layers_that_read_the_same_input_share_their_statistics() -> None:
     model, batches = tiny_llama(F64), padded_batches()
-    names = {f"{p}_proj": f"model.layers.1.self_attn.{p}_proj" for p in "qkvo"}
-    layers = {path: model.get_submodule(path) for path in names.values()}
+    q, k, v, o = names = [f"model.layers.1.self_attn.{p}_proj" for p in "qkvo"]
+    layers = {path: model.get_submodule(path) for path in names}
     need = frozenset({"input_moment", "input_covariance"})
     shared = calibrate(model, layers, dict.fromkeys(layers, need), batches)
-    q, k, v, o = names.values()
     assert shared[q] is shared[k] is shared[v]
     assert shared[o] is not shared[q]
     for path, layer in layers.items():
@@ -282,7 +279,6 @@ def test_a_failure_midway_leaves_the_model_as_it_was() -> None:
         ll.attach(model, cfg, [torch.zeros(5, 7, dtype=F64)])
     assert state_of(model) == before
     ll.attach(model, cfg, [spread_data()])
-    assert state_of(model)[0] | before[0] == state_of(model)[0]
 
 
 def test_data_that_nothing_needs_is_noted() -> None:

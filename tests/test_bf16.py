@@ -1,0 +1,100 @@
+"""A bf16 base: what starts at exactly 0 or 1 does move, and merging loses no more than the final rounding."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lora_lite as ll
+from helpers import METHODS, OneLayer, calibration, perturb, relative, tiny, tiny_llama, token_ids
+
+BF16 = torch.bfloat16
+EPS = torch.finfo(BF16).eps  # 7.8e-3: the distance of neighbours near 1
+
+
+def attached(model: nn.Module, method: str, data: Any, **changes: Any) -> ll.Attachment:
+    cfg = tiny(method, **changes)
+    return ll.attach(model, cfg, calibration(cfg, [data]))
+
+
+def one_step(model: nn.Module, method: str) -> None:
+    """One AdamW step at the method's own learning rate, towards a random target."""
+    optimizer = torch.optim.AdamW(ll.param_groups(model, lr=ll.variants()[method].lr))
+    ids = token_ids()
+    logits = model(input_ids=ids).logits
+    torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids.roll(-1, 1).flatten()).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tensors_that_start_at_zero_or_one_move(method: str) -> None:
+    """In fp32 tensors on a bf16 model; the step of every gain is below what bf16 could hold next to 1."""
+    if not ll.variants()[method].trained:
+        return
+    model = tiny_llama(BF16)
+    att = attached(model, method, {"input_ids": token_ids()})
+    before = {
+        (path, key): p.detach().clone() for path, a in att.targets.items() for key, p in a.named_parameters()
+    }
+    assert {value.dtype for value in before.values()} == {torch.float32}
+    lr = ll.variants()[method].lr
+    for _ in range(2):  # the gradient of a LoRA's A is zero until B has moved
+        one_step(model, method)
+    for (path, key), start in before.items():
+        now = att.targets[path].get_parameter(key).detach()
+        moved = (now - start).abs()
+        assert float((moved > 0.1 * lr).float().mean()) > 0.9, (path, key)
+        if bool((start == 1).all()):
+            assert torch.equal(now.to(BF16), torch.ones_like(now, dtype=BF16))  # swallowed, had it been bf16
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_output_moves(method: str) -> None:
+    """After a step that is small next to bf16's own, in the direction in which an fp64 copy of the model moves."""
+    if not ll.variants()[method].trained:
+        return
+    outputs = {}
+    for dtype in (BF16, torch.float64):
+        model = tiny_llama().to(BF16).to(dtype)
+        att = attached(model, method, {"input_ids": token_ids()})
+        perturb(att.targets.values(), 0.02)
+        with torch.no_grad():
+            y = model(input_ids=token_ids()).logits.double()
+            with ll.disabled(model):
+                base = model(input_ids=token_ids()).logits.double()
+        outputs[dtype] = y - base
+    cosine = torch.cosine_similarity(outputs[BF16].flatten(), outputs[torch.float64].flatten(), dim=0)
+    assert outputs[BF16].any()
+    assert float(cosine) > 0.9
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-2, 1e-1])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_layers_change_is_the_fp64_one_to_rounding(method: str, size: float) -> None:
+    """The change itself, not the output it is added to: what is small must not be formed from what is large."""
+    model = OneLayer(48, 32, dtype=BF16)
+    x = torch.randn(40, 48, generator=torch.Generator().manual_seed(1)).to(BF16)
+    att = attached(model, method, x)
+    perturb(att.targets.values(), size)
+    adapter: Any = att.targets["layer"]
+    layer = model.layer
+    c = torch.ones((), dtype=torch.float64)
+    with torch.no_grad():
+        y = nn.functional.linear(x, layer.weight, layer.bias)
+        turned = x if adapter.before is None else adapter.before(x, layer, c)
+        change = adapter.change(turned, y, layer, c)
+        if adapter.before is not None:
+            found = (turned.double() - x.double()) @ layer.weight.double().T
+        elif isinstance(change, tuple):
+            found = change[0].double() @ change[1].double().T
+        else:
+            found = change.double()
+    exact = ll.merged_weights(model.to(torch.float64))
+    W, b = layer.weight.double(), layer.bias.double()
+    expected = x.double() @ (exact["layer.weight"] - W).T + exact["layer.bias"] - b
+    noise = relative(expected + x.double() @ W.T + b, x.double() @ W.T + b)
+    # A rounding of the input or the output moves everything by EPS / 2, which is EPS / (2 noise) of the change; a
+    # method that acts before W has no other way.
+    allowed = 2 * EPS + (EPS / noise if adapter.before is not None else 0.0)
+    assert relative(found, expected.detach()) <= allowed
