@@ -41,7 +41,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP) ## fine-tune, measure, save and reload an adapter on the embedded model
-	$(BIN)/lora-lite train demo --variant $(VARIANT) $(ARGS)
+	$(BIN)/lora-lite train --preset demo --resume --out runs/demo-$(VARIANT) $(VARIANT) $(ARGS)
 
 test: $(STAMP) ## run the tests, without the slow ones
 	$(PYTEST) -m "not slow" $(ARGS)

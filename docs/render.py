@@ -49,7 +49,7 @@ def demo() -> str:
         "| | before | after |",
         "|---|---|---|",
         f"| accuracy | {found['accuracy_before']:.1%} | {found['accuracy_after']:.1%} |",
-        f"| right answer occurs anywhere in the reply | {found['mention_rate_before']:.1%} | {found['mention_rate_after']:.1%} |",
+        f"| answer anywhere in the reply | {found['mention_rate_before']:.1%} | {found['mention_rate_after']:.1%} |",
         "",
         f"{sum(seconds.values()):.0f} s in all, {seconds['train']:.0f} s of it training at "
         f"{found['tokens_per_second']:.0f} tokens/s; peak memory {found['peak_memory_mb']:.0f} MB; "

@@ -65,26 +65,44 @@ def perturb(adapters: Iterable[Adapter], size: float = 0.05, seed: int = 2) -> N
                 p.add_(size * torch.randn(p.shape, generator=rng, dtype=torch.float64).to(p))
 
 
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer, by name; a quantised tensor by the plain ones that it is made of."""
+    found: dict[str, Tensor] = {}
+    for key, value in [*model.named_parameters(), *model.named_buffers()]:
+        if hasattr(value, "__tensor_flatten__"):
+            found |= {f"{key}.{part}": getattr(value, part) for part in value.__tensor_flatten__()[0]}
+        else:
+            found[key] = value
+    return found
+
+
 def bits(model: nn.Module) -> dict[str, Tensor]:
     """A copy of every parameter and buffer."""
-    return {key: value.detach().clone() for key, value in [*model.named_parameters(), *model.named_buffers()]}
+    return {key: value.detach().clone() for key, value in tensors_of(model).items()}
 
 
 def same_bits(before: dict[str, Tensor], model: nn.Module) -> bool:
     """Whether what `bits` saw is all there, unchanged."""
-    now = dict([*model.named_parameters(), *model.named_buffers()])
+    now = tensors_of(model)
     return all(key in now and torch.equal(value, now[key]) for key, value in before.items())
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
+    return float((found - expected).norm().detach() / expected.norm().detach())
 
 
-def attached(model: nn.Module, method: str, batches: Iterable[Any] = (), name: str = "default", **changes: Any) -> Any:
+def attached(
+    model: nn.Module,
+    method: str,
+    batches: Iterable[Any] = (),
+    name: str = "default",
+    size: float = 0.05,
+    **changes: Any,
+) -> Any:
     """Attach the method's tiny config, calibrated on the batches where it needs them, and perturb its tensors."""
     cfg = tiny(method, **changes)
     att = ll.attach(model, cfg, calibration(cfg, batches), name=name)
-    perturb(att.targets.values())
+    perturb(att.targets.values(), size)
     return att
 
 

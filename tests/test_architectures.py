@@ -1,17 +1,17 @@
 """Many architectures of transformers, tiny: attach, check, train, save, load, detach; or a clear refusal."""
 
-import warnings
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import anatomy, bits, same_bits
 from torch import Tensor, nn
-from zoo import ARCHITECTURES, Arch
 
 import lora_lite as ll
+from helpers import anatomy, bits, same_bits
+from zoo import ARCHITECTURES, Arch
 
 # One of a kind each: Conv1D, mixture of experts, shared layers, encoder-decoder, vision, state space.
 FAST = ("gpt2", "qwen3_moe", "albert", "t5", "vit", "mamba")
@@ -40,8 +40,13 @@ def attach(model: nn.Module, arch: Arch) -> ll.Attachment:
     return att
 
 
-def load(model: nn.Module, path: Path) -> ll.Attachment:
-    return ll.load(model, path)
+def embeddings(model: nn.Module) -> set[nn.Module]:
+    """The input embedding and the output head, as far as the model has them."""
+    found = set()
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        with contextlib.suppress(NotImplementedError):
+            found.add(getattr(model, getter)())
+    return found - {None}
 
 
 def train(model: nn.Module, batch: dict[str, Any], steps: int = 2) -> None:
@@ -57,13 +62,14 @@ def train(model: nn.Module, batch: dict[str, Any], steps: int = 2) -> None:
 def test_architecture(name: str, tmp_path: Path) -> None:
     arch = ARCHITECTURES[name]
     model, batch = arch.make(), arch.inputs()
-    before, shape, base = bits(model), anatomy(model), logits(model, batch)
+    base = logits(model, batch)  # first: at their first call some models give themselves hooks
+    before, form = bits(model), anatomy(model)
 
     att = attach(model, arch)
     assert len(att.targets) == arch.targets or not arch.targets
-    heads = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}  # type: ignore[operator]
-    assert not heads & {id(model.get_submodule(path)) for path in att.targets}
-    assert torch.equal(logits(model, batch), base)
+    assert not embeddings(model) & {model.get_submodule(path) for path in att.targets}
+    # torch.matmul picks its kernel by requires_grad too (on transposed inputs), so the base is compared frozen.
+    assert torch.equal(logits(model, batch), logits(arch.make().requires_grad_(False), batch))
 
     report = ll.check(model, [batch])
     assert report.effect > 0
@@ -85,7 +91,7 @@ def test_architecture(name: str, tmp_path: Path) -> None:
     ll.detach(model)
     model.eval()
     assert same_bits(before, model)
-    assert anatomy(model) == shape
+    assert anatomy(model) == form
     assert torch.equal(logits(model, batch), base)
 
 
@@ -132,8 +138,9 @@ def test_layers_skipped_at_random_in_training_are_no_finding() -> None:
     arch = ARCHITECTURES["wav2vec2"]
     model = Arch(arch.model, arch.config, {**arch.settings, "layerdrop": 0.3}, arch.targets).make()
     ll.attach(model, CONFIG)
-    torch.manual_seed(1)  # of the first pass's layers at least one is skipped
-    ll.check(model, [arch.inputs()])
+    torch.manual_seed(0)
+    report = ll.check(model, [arch.inputs()])
+    assert len({layer.calls for layer in report.layers["default"].values()}) > 1  # some were skipped indeed
 
 
 def test_an_embedding_table_alone_has_no_target() -> None:
@@ -143,8 +150,5 @@ def test_an_embedding_table_alone_has_no_target() -> None:
 
 def test_a_convolution_has_no_target() -> None:
     arch = ARCHITECTURES["convnext"]
-    with (
-        warnings.catch_warnings(),
-        pytest.raises(ll.TargetError, match=r"'dwconv' matches no linear layer; .*pwconv1"),
-    ):
+    with pytest.raises(ll.TargetError, match=r"'dwconv' matches no linear layer; near misses: .*pwconv1"):
         ll.attach(arch.make(), CONFIG.replace(target_names=("dwconv",)))

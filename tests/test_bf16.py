@@ -27,33 +27,33 @@ def one_step(model: nn.Module, method: str) -> None:
     optimizer.step()
 
 
-@pytest.mark.parametrize("method", METHODS)
+TRAINED = [method for method in METHODS if ll.variants()[method].trained]
+
+
+@pytest.mark.parametrize("method", TRAINED)
 def test_tensors_that_start_at_zero_or_one_move(method: str) -> None:
-    """In fp32 tensors on a bf16 model; the step of every gain is below what bf16 could hold next to 1."""
-    if not ll.variants()[method].trained:
-        return
+    """In fp32 tensors on a bf16 model, and the model's output with them."""
     model = tiny_llama(BF16)
     att = attached(model, method, {"input_ids": token_ids()})
-    before = {
-        (path, key): p.detach().clone() for path, a in att.targets.items() for key, p in a.named_parameters()
-    }
-    assert {value.dtype for value in before.values()} == {torch.float32}
-    lr = ll.variants()[method].lr
-    for _ in range(2):  # the gradient of a LoRA's A is zero until B has moved
+    start = {(path, key): p.detach().clone() for path, a in att.targets.items() for key, p in a.named_parameters()}
+    assert {value.dtype for value in start.values()} == {torch.float32}
+    moved = {key: torch.zeros_like(value) for key, value in start.items()}
+    with torch.no_grad():
+        before = model(input_ids=token_ids()).logits
+    for _ in range(3):  # the gradient of a LoRA's A is zero until B has moved; later steps may turn back
         one_step(model, method)
-    for (path, key), start in before.items():
-        now = att.targets[path].get_parameter(key).detach()
-        moved = (now - start).abs()
-        assert float((moved > 0.1 * lr).float().mean()) > 0.9, (path, key)
-        if bool((start == 1).all()):
-            assert torch.equal(now.to(BF16), torch.ones_like(now, dtype=BF16))  # swallowed, had it been bf16
+        for (path, key), value in start.items():
+            now = att.targets[path].get_parameter(key).detach()
+            moved[path, key] = torch.maximum(moved[path, key], (now - value).abs())
+    for key, distance in moved.items():  # a step of AdamW is about lr for every entry with a gradient
+        assert float((distance > 0.5 * ll.variants()[method].lr).float().mean()) > 0.9, key
+    with torch.no_grad():
+        assert not torch.equal(model(input_ids=token_ids()).logits, before)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_output_moves(method: str) -> None:
-    """After a step that is small next to bf16's own, in the direction in which an fp64 copy of the model moves."""
-    if not ll.variants()[method].trained:
-        return
+@pytest.mark.parametrize("method", TRAINED)
+def test_the_output_moves_the_right_way(method: str) -> None:
+    """In the direction in which an fp64 copy of the model moves."""
     outputs = {}
     for dtype in (BF16, torch.float64):
         model = tiny_llama().to(BF16).to(dtype)

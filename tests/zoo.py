@@ -100,15 +100,24 @@ ARCHITECTURES = {
     "llama": Arch("LlamaForCausalLM", "LlamaConfig", GROUPED, 14),
     "qwen3": Arch("Qwen3ForCausalLM", "Qwen3Config", GROUPED, 14),
     "gemma3": Arch("Gemma3ForCausalLM", "Gemma3TextConfig", GROUPED, 14),
-    "gpt2": Arch("GPT2LMHeadModel", "GPT2Config", {**without(TEXT, "intermediate_size", "pad_token_id"), "loss_type": "ForCausalLMLoss"}, 8),
+    "gpt2": Arch(
+        "GPT2LMHeadModel", "GPT2Config",
+        {**without(TEXT, "intermediate_size", "pad_token_id"), "loss_type": "ForCausalLMLoss"}, 8,
+    ),
     "gpt_neox": Arch("GPTNeoXForCausalLM", "GPTNeoXConfig", TEXT, 8),
-    "opt": Arch("OPTForCausalLM", "OPTConfig", {**without(TEXT, "intermediate_size"), "ffn_dim": 64, "word_embed_proj_dim": 16}, 14),
+    "opt": Arch(
+        "OPTForCausalLM", "OPTConfig",
+        {**without(TEXT, "intermediate_size"), "ffn_dim": 64, "word_embed_proj_dim": 16}, 14,
+    ),
     "falcon": Arch("FalconForCausalLM", "FalconConfig", without(TEXT, "intermediate_size"), 8),
     "bloom": Arch("BloomForCausalLM", "BloomConfig", without(TEXT, "intermediate_size", "max_position_embeddings"), 8),
     "phi": Arch("PhiForCausalLM", "PhiConfig", TEXT, 12),
     "phi3": Arch("Phi3ForCausalLM", "Phi3Config", {**TEXT, "num_key_value_heads": 2}, 8),
     # mixtures of experts
-    "mixtral": Arch("MixtralForCausalLM", "MixtralConfig", {**GROUPED, **EXPERTS, "num_local_experts": 4}, 8, fused=True),
+    "mixtral": Arch(
+        "MixtralForCausalLM", "MixtralConfig",
+        {**GROUPED, "num_experts_per_tok": 2, "num_local_experts": 4}, 8, fused=True,
+    ),
     "qwen3_moe": Arch("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**GROUPED, **EXPERTS, "num_experts": 4}, 8, fused=True),
     "deepseek_v3": Arch(
         "DeepseekV3ForCausalLM", "DeepseekV3Config",
@@ -159,9 +168,9 @@ ARCHITECTURES = {
     ),
     "wav2vec2": Arch(
         "Wav2Vec2ForCTC", "Wav2Vec2Config",
-        {**without(TEXT, "max_position_embeddings"), "conv_dim": (16, 16), "conv_stride": (5, 2), "conv_kernel": (10, 3),
-         "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2,
-         "mask_time_prob": 0.0, "layerdrop": 0.0}, 13, waves,
+        {**without(TEXT, "max_position_embeddings"), "conv_dim": (16, 16), "conv_stride": (5, 2),
+         "conv_kernel": (10, 3), "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4,
+         "num_conv_pos_embedding_groups": 2, "mask_time_prob": 0.0, "layerdrop": 0.0}, 13, waves,
     ),
     "llava": Arch(
         "LlavaForConditionalGeneration", "LlavaConfig",

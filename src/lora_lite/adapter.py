@@ -126,7 +126,7 @@ class Adapter(nn.Module):
         """`before` when y is None, else `change`; the hooks call the module so that its own hooks fire."""
         if y is None:
             assert self.before is not None
-            return self.before(x, layer, c)  # pyright: ignore[reportCallIssue]
+            return self.before(x, layer, c)
         return self.change(x, y, layer, c)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Adapter":
@@ -140,7 +140,7 @@ class Adapter(nn.Module):
 def adapters_on(layer: nn.Module) -> list[Adapter]:
     """The adapters of a layer, in the order in which they were attached."""
     store = layer._modules.get("lora")
-    return [adapter for adapter in store.values() if isinstance(adapter, Adapter)] if store is not None else []
+    return [adapter for adapter in store.children() if isinstance(adapter, Adapter)] if store is not None else []
 
 
 _REGISTRY: dict[str, type[Adapter]] = {}

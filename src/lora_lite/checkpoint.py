@@ -90,7 +90,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
     }
     header["checksum"] = checksum(header, tensors)
     # One metadata key: safetensors does not keep the order of several, and equal adapters should give equal files.
-    write_atomically(where, to_bytes(tensors, {METADATA_KEY: json.dumps(header, sort_keys=True)}))
+    write_atomically(where, to_bytes(tensors, {METADATA_KEY: json.dumps(header)}))
     return where
 
 
@@ -120,7 +120,9 @@ def load(
         raise ValueError(f"load: base = {base!r} must be 'same' or 'any'")
     live = find_root(model)
     taken = live is not None and name in live[1].adapters
-    if not (taken and overwrite):
+    if live is not None and taken and overwrite:
+        refuse_merged(live[1], "load")
+    else:
         refuse_unready(model, name)
     root = live[0] if live is not None else model
     file = read(Path(path))
@@ -164,7 +166,6 @@ def _check_also(file: File, also: Mapping[str, nn.Parameter]) -> None:
 
 def _overwrite(root: nn.Module, file: File, name: str, built: dict[str, Adapter]) -> Attachment:
     _, state = root_of(root, name)
-    refuse_merged(state, "load")
     attached, adapters = state.adapters[name], adapters_of(root, name)
     indices = {target: index for target, (index, _, _) in file.targets.items()}
     same = attached.configs == file.configs and attached.targets == indices and list(attached.originals) == file.also

@@ -94,7 +94,9 @@ def train_command(arguments: Sequence[str]) -> int:
         print(f"lora-lite: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("lora-lite: interrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        print(
+            "lora-lite: interrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr
+        )
         return 130
     report.show(result)
     print(json.dumps(result.summary, sort_keys=True))

@@ -28,8 +28,9 @@ def is_int(value: object, low: int) -> bool:
 
 def is_number(value: object, low: float = -math.inf, high: float = math.inf) -> bool:
     """A finite real number in [low, high], no larger than a float can be."""
-    real = isinstance(value, int | float) and not isinstance(value, bool)
-    return real and abs(value) <= sys.float_info.max and low <= value <= high
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max and low <= value <= high
 
 
 def _strings(config: object, field: str) -> None:

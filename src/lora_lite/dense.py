@@ -129,6 +129,8 @@ def _fold(root: nn.Module, state: State) -> dict[str, _Fold]:
         exact, b = affine(layer, path)
         dtype = merged_dtype(root, layer)
         W = exact.to(dtype)
+        if not (torch.isfinite(W).all() and torch.isfinite(b.to(dtype)).all()):
+            raise StateError(f"{path}: its merged weights are not finite in {dtype}; look at the adapter's tensors")
         rounding = _relative(W.double(), exact)
         W = W.T if is_conv1d(layer) else W
         folds[path] = _Fold(W.contiguous(), b.to(dtype) if bias(layer) is not None or b.any() else None, rounding)

@@ -49,7 +49,8 @@ def after_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
 
 def _coefficient(adapter: Adapter, x: Tensor) -> Tensor:
     state: State = adapter.dial.state
-    return spread_rows(state.coefficient(adapter.dial), x, state.call)
+    call = state.recomputed if state.call is None else state.call
+    return spread_rows(state.coefficient(adapter.dial), x, call)
 
 
 def _input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Callable[[Tensor], Any]]:
@@ -75,7 +76,10 @@ def before_call(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def after_call(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    """Let backward, when it reaches this call's outputs, recompute checkpoints with this call's coefficients."""
+    """Let backward, when it reaches this call's outputs, recompute checkpoints with this call's coefficients.
+
+    Called after a failed forward pass too (with no output), so that nothing of it is left for the next one.
+    """
     if torch.compiler.is_compiling():
         return
     state: State = root.__dict__[ROOT]
@@ -107,7 +111,7 @@ def hook_layer(layer: nn.Module) -> None:
 def hook_root(root: nn.Module, on: bool) -> None:
     """Put or take off the root's pair of hooks."""
     _set_hook(root, "forward_pre", before_call, on)
-    _set_hook(root, "forward", after_call, on)
+    _set_hook(root, "forward", after_call, on, always_call=True)
 
 
 def unhook_layer(layer: nn.Module) -> None:
@@ -116,13 +120,14 @@ def unhook_layer(layer: nn.Module) -> None:
     _set_hook(layer, "forward", after_layer, False)
 
 
-def _set_hook(module: nn.Module, kind: str, hook: Callable[..., Any], on: bool) -> None:
+def _set_hook(module: nn.Module, kind: str, hook: Callable[..., Any], on: bool, **options: bool) -> None:
     # Found by identity rather than by handle: a handle stored on the module would not survive a deepcopy.
     table: dict[int, Any] = getattr(module, f"_{kind}_hooks")
     keys = [key for key, value in table.items() if value is hook]
     if on and not keys:
-        getattr(module, f"register_{kind}_hook")(hook, with_kwargs=True)
+        getattr(module, f"register_{kind}_hook")(hook, with_kwargs=True, **options)
     if not on:
         for key in keys:
             del table[key]
             getattr(module, f"_{kind}_hooks_with_kwargs").pop(key, None)
+            module._forward_hooks_always_called.pop(key, None)

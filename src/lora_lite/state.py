@@ -76,8 +76,7 @@ class State:
         if self.scaled:
             raise StateError(
                 "a checkpointed layer is recomputed in backward, but its forward pass did not go through the module "
-                "that was given to attach, so the coefficient it used is unknown; call that module, or checkpoint "
-                "with use_reentrant=False"
+                "that was given to attach, so the coefficient it used is unknown; call that module"
             )
         return dial.value
 
@@ -190,7 +189,8 @@ def _as_tensor(name: str, c: float | Tensor) -> Tensor:
     if not torch.isfinite(c).all():
         raise CoefficientError(f"scale: the coefficient of {name!r} is not finite: {c}")
     wide = torch.float32 if c.device.type == "mps" else torch.float64
-    return c.to("cpu", wide) if c.ndim == 0 else c.to(wide)
+    # A copy: what the caller writes to its tensor later turns nothing.
+    return c.to("cpu" if c.ndim == 0 else c.device, wide, copy=True)
 
 
 def spread_rows(c: Tensor, x: Tensor, call: Call | None) -> Tensor:

@@ -1,5 +1,6 @@
 """Which layers a config adapts: filter by name, layer index and exclusion first, then classify by shape."""
 
+import contextlib
 import difflib
 import re
 from dataclasses import dataclass
@@ -100,13 +101,12 @@ def _require_d_model(model: nn.Module, cfg: AdapterConfig) -> int:
 def _heads(model: nn.Module, cfg: AdapterConfig) -> list[Any]:
     """The output head and input embedding, whatever their names, while the config excludes them by the usual names."""
     getters = {"lm_head": "get_output_embeddings", "embed_tokens": "get_input_embeddings"}
+    wanted = [getter for name, getter in getters.items() if name in cfg.exclude_names]
     found = []
-    for name, getter in getters.items():
-        if name in cfg.exclude_names and callable(get := getattr(model, getter, None)):
-            try:
-                found.append(get())
-            except (NotImplementedError, AttributeError):  # transformers' way to say that a model has none
-                continue
+    for module in model.modules():  # a model may lie within another, such as one with a value head
+        for get in (getattr(module, getter, None) for getter in wanted):
+            with contextlib.suppress(NotImplementedError, AttributeError):  # transformers' ways to say that it has none
+                found += [get()] if callable(get) else []
     return found
 
 

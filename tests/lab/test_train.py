@@ -1,4 +1,4 @@
-"""The training loop: its schedule and its sums, and that an interrupted run ends with the bits of an uninterrupted one."""
+"""The training loop: its schedule, its sums, and that an interrupted run ends with the bits of a whole one."""
 
 import math
 import os

@@ -67,10 +67,7 @@ def method_flags(cls: type[Adapter], defaults: Mapping[str, Any]) -> type:
     kept = [f for f in dataclasses.fields(cls.Config) if f.name not in (*cls.Config.unused, *COMMON)]
     return dataclasses.make_dataclass(
         cls.Config.__name__,
-        [
-            (f.name, Annotated[f.type, tyro.conf.arg(help=texts[f.name])], defaults.get(f.name, f.default))
-            for f in kept
-        ],
+        [(f.name, Annotated[f.type, tyro.conf.arg(help=texts[f.name])], defaults.get(f.name, f.default)) for f in kept],
         frozen=True,
         namespace={"__doc__": f"{cls.title}."},
     )

@@ -39,7 +39,7 @@ def show(result: Result, console: Console | None = None) -> None:
 
 
 def pick(before: Sequence[Record], after: Sequence[Record], n: int = EXAMPLES) -> list[tuple[Record, Record]]:
-    """The first n items as they come, but with a wrong answer among them if there is one: losses belong in the picture."""
+    """The first n items, but with a wrong answer among them if there is one: losses belong in the picture."""
     pairs = list(zip(before, after, strict=True))
     wrong = [pair for pair in pairs if not pair[1].correct]
     if wrong and all(later.correct for _, later in pairs[:n]):

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import platform
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -93,7 +94,7 @@ def pick_device(device: str | None) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of the base; "auto" takes bfloat16 only where it is computed in hardware, for elsewhere it is slower."""
+    """The dtype of the base; "auto" takes bfloat16 only where hardware computes it: elsewhere it is slower."""
     if name != "auto":
         return DTYPES[name]
     if device.type == "cuda":
@@ -125,7 +126,8 @@ class Clock:
 
 
 def finetune(run: RunConfig, method: ll.AdapterConfig | Sequence[ll.AdapterConfig], training: TrainConfig) -> Result:
-    """Measure, attach, train, measure, save, reload and compare. Writes `adapter.safetensors` and `result.json`.
+    """Measure, attach, train, measure, save, reload and compare. Writes `adapter.safetensors` and `result.json`; the
+    checkpoints go when the run is whole.
 
     Raises:
         RunError: the output folder holds another run's checkpoints, or the reloaded adapter answers differently.
@@ -165,6 +167,7 @@ def finetune(run: RunConfig, method: ll.AdapterConfig | Sequence[ll.AdapterConfi
     result = Result(before, after, progress, att.summary(), clock.seconds)
     result.summary = summarize(run, method, training, result, att, device, dtype, adapter)
     write_result(run.out / "result.json", result)
+    shutil.rmtree(checkpoints, ignore_errors=True)  # the run is whole: nothing is left to resume
     return result
 
 

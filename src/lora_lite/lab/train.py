@@ -190,8 +190,8 @@ def _refuse_idle(att: ll.Attachment) -> None:
     idle = [path for path in silent if ".experts." not in path]  # an expert may get no token in a step
     if idle:
         raise TrainingError(
-            f"{len(idle)} of {len(att.targets)} adapters never ran, such as {idle[0]}: the model uses that weight without "
-            "calling the layer; leave it out with exclude_names"
+            f"{len(idle)} of {len(att.targets)} adapters never ran, such as {idle[0]}: the model uses that weight "
+            "without calling the layer; leave it out with exclude_names"
         )
 
 

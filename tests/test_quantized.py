@@ -1,0 +1,216 @@
+"""Quantised layers of bitsandbytes and torchao on the CPU: attach, train, save, load, merge, unmerge."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+from torch import Tensor, nn
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+import lora_lite as ll
+from helpers import METHODS, attached, bits, calibration, relative, same_bits, tiny, train
+from lora_lite.linear import dense
+
+I, H, O = 64, 48, 32
+
+
+def four_bit(plain: nn.Linear) -> nn.Module:
+    quantized = bitsandbytes.nn.Linear4bit(
+        plain.in_features,
+        plain.out_features,
+        plain.bias is not None,
+        compute_dtype=plain.weight.dtype,
+        quant_type="nf4",
+    )
+    quantized.load_state_dict(plain.state_dict())
+    return quantized.to("cpu")  # this is what quantises
+
+
+def eight_bit(plain: nn.Linear) -> nn.Module:
+    quantized = bitsandbytes.nn.Linear8bitLt(
+        plain.in_features, plain.out_features, plain.bias is not None, has_fp16_weights=False, threshold=0.0
+    )
+    quantized.load_state_dict(plain.state_dict())
+    return quantized.to("cpu")
+
+
+def int8_weights(plain: nn.Linear) -> nn.Module:
+    holder = nn.Sequential(plain)
+    quantize_(holder, Int8WeightOnlyConfig())
+    return holder[0]
+
+
+KINDS: dict[str, Callable[[nn.Linear], nn.Module]] = {
+    "Linear4bit": four_bit, "Linear8bitLt": eight_bit, "torchao-int8": int8_weights,
+}  # fmt: skip
+ROUNDS_INPUTS = {"Linear8bitLt"}  # LLM.int8 rounds each row of activations to 8 bits as well
+
+
+class Net(nn.Module):
+    """Two quantised layers, with and without bias, and a plain head that tells the dtype."""
+
+    def __init__(self, kind: str, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            plain = [nn.Linear(I, H), nn.Linear(H, O, bias=False), nn.Linear(O, 8)]
+        self.first, self.second = (KINDS[kind](layer.to(dtype)) for layer in plain[:2])
+        self.head = plain[2].to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.second(torch.tanh(self.first(x)))))
+
+
+def net(kind: str, dtype: torch.dtype = torch.float32) -> Net:
+    """In eval mode, after one forward: bitsandbytes rearranges its tensors in the first."""
+    model = Net(kind, dtype).eval()
+    with torch.no_grad():
+        model(inputs(dtype))
+    return model
+
+
+def inputs(dtype: torch.dtype = torch.float32, rows: int = 20) -> Tensor:
+    return torch.randn(rows, I, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def output(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(x)
+
+
+QUANTIZED: dict[str, Any] = {"target_names": ("first", "second")}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dense_is_the_librarys_own_weight(kind: str) -> None:
+    """What the layer itself makes of the identity, less its bias."""
+    model = net(kind)
+    # bitsandbytes multiplies int8 products by 6.200124e-05, which is 1/127^2 to 1.8e-5 only.
+    tolerance = 2e-5 if kind == "Linear8bitLt" else 1e-6
+    for layer, i in ((model.first, I), (model.second, H)):
+        own = (output(layer, torch.eye(i)) - output(layer, torch.zeros(1, i))).T
+        assert dense(layer).dtype == torch.float32
+        assert float((dense(layer) - own).abs().max() / own.abs().max()) <= tolerance
+        assert dense(layer, torch.float64).dtype == torch.float64
+
+
+def test_dense_of_8_bits_is_the_librarys_dequantisation() -> None:
+    layer: Any = net("Linear8bitLt").first
+    scales = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
+    own = bitsandbytes.functional.int8_vectorwise_dequant(layer.weight.data, scales)
+    assert relative(dense(layer), own) <= 1e-7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_attach_changes_nothing(method: str, kind: str, dtype: torch.dtype) -> None:
+    model, x = net(kind, dtype), inputs(dtype)
+    before, y = bits(model), output(model, x)
+    cfg = tiny(method, **QUANTIZED)
+    cls = ll.variants()[method]
+    att = ll.attach(model, cfg, calibration(cfg, [x]))
+    with ll.scale(model, 1.0 if cls.trained else 0.0):
+        error = float((output(model, x) - y).abs().max() / y.abs().max())
+    bound = cls.identity_bound(cfg, dtype)
+    if bound and kind in ROUNDS_INPUTS:  # a last bit of the input may turn into one of the 127 steps
+        bound = 1 / 127
+    assert error <= 4 * bound  # 0 where the method says so; else the bound is for one layer
+    assert len(att.targets) == 2
+    assert same_bits(before, model)
+    ll.detach(model)
+    assert torch.equal(output(model, x), y)
+    assert same_bits(before, model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_trains_saves_and_loads(method: str, kind: str, tmp_path: Path) -> None:
+    model, x = net(kind), inputs()
+    before, y = bits(model), output(model, x)
+    cfg = tiny(method, **QUANTIZED)
+    att = ll.attach(model, cfg, calibration(cfg, [x]))
+    start = [p.detach().clone() for adapter in att.targets.values() for p in adapter.parameters()]
+    if ll.variants()[method].trained:
+        train(model, x, steps=2)
+        now = [p for adapter in att.targets.values() for p in adapter.parameters()]
+        assert all(torch.isfinite(p).all() for p in now)
+        assert not any(torch.equal(old, new) for old, new in zip(start, now, strict=True))
+    trained = output(model, x)
+    assert relative(trained, y) > 1e-5
+    assert same_bits(before, model)
+    ll.save(model, tmp_path / "adapter.safetensors")
+    fresh = net(kind)
+    ll.load(fresh, tmp_path / "adapter.safetensors")
+    assert torch.equal(output(fresh, x), trained)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", [name for name in METHODS if ll.variants()[name].affine])
+def test_merges_into_plain_layers_and_back(method: str, kind: str, dtype: torch.dtype) -> None:
+    model, x = net(kind, dtype), inputs(dtype)
+    attached(model, method, [x], **QUANTIZED)
+    layers = {"first": model.first, "second": model.second}
+    before, y = bits(model), output(model, x)
+    exact = plain_copy(model)
+    promised = ll.merged_weights(model)
+    report = ll.merge(model)
+    eps = torch.finfo(dtype).eps
+    for path, bias in (("first", True), ("second", False)):
+        merged = model.get_submodule(path)
+        assert type(merged) is nn.Linear and merged.weight.dtype == dtype
+        assert (merged.bias is not None) == bias
+        assert not any(p.requires_grad for p in merged.parameters())
+        assert torch.equal(merged.weight, promised[f"{path}.weight"])
+        assert report[path].rounding <= eps / 2
+        assert report[path].error <= (4 / 127 if kind in ROUNDS_INPUTS else 4 * eps)
+    # Against an fp64 model of the dequantised weights, with the same adapters.
+    assert relative(output(model, x).double(), output(exact, x.double())) <= 8 * eps
+    assert relative(output(model, x), y) <= (4 / 127 if kind in ROUNDS_INPUTS else 8 * eps)
+    ll.unmerge(model)
+    assert all(model.get_submodule(path) is layer for path, layer in layers.items())
+    assert same_bits(before, model)
+    assert torch.equal(output(model, x), y)
+
+
+def plain_copy(model: Net) -> nn.Module:
+    """The model with plain fp64 layers in the place of quantised ones, and copies of their adapters."""
+    memo: dict[int, Any] = {}
+    for path in ("first", "second"):
+        layer = model.get_submodule(path)
+        plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, dtype=torch.float64)
+        with torch.no_grad():
+            plain.weight.copy_(dense(layer))
+            if layer.bias is not None:
+                plain.bias.copy_(layer.bias)
+        plain.lora = copy.deepcopy(layer.lora, memo)
+        for key in ("_forward_hooks", "_forward_pre_hooks"):
+            getattr(plain, key).update(getattr(layer, key))
+            getattr(plain, f"{key}_with_kwargs").update(getattr(layer, f"{key}_with_kwargs"))
+        memo[id(layer)] = plain
+    wide = copy.deepcopy(model, memo)
+    wide.head.double()
+    return wide
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merging_for_good_leaves_plain_layers(kind: str) -> None:
+    model, x = net(kind), inputs()
+    attached(model, "lora", **QUANTIZED)
+    ll.merge(model, keep=False)
+    assert {type(module) for module in model.children()} == {nn.Linear}
+    assert set(model.state_dict()) == {"first.weight", "first.bias", "second.weight", "head.weight", "head.bias"}
+    assert torch.isfinite(output(model, x)).all()
+
+
+def test_a_weight_that_is_not_quantised_yet_is_refused() -> None:
+    layer = bitsandbytes.nn.Linear4bit(I, H)  # only moving it to a device quantises it
+    model = nn.Sequential(layer)
+    with pytest.raises(ll.TargetError, match="not quantised yet; move the model to its device"):
+        ll.attach(model, tiny("dora"))
+    assert not hasattr(layer, "lora")
