@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from helpers import METHODS, OneLayer, attached, bits, same_bits, tiny_llama, token_ids, train
+from helpers import METHODS, OneLayer, attached, bits, same_bits, tiny, tiny_llama, token_ids, train
 
 import lora_lite as ll
 
@@ -15,7 +15,7 @@ IDS = token_ids()
 
 
 def spread(**device_map: str) -> Any:
-    return dispatch_model(tiny_llama(), device_map=device_map, main_device="cpu", force_hooks=True)
+    return dispatch_model(tiny_llama(num_hidden_layers=1), device_map=device_map, main_device="cpu", force_hooks=True)
 
 
 ON_CPU = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
@@ -23,7 +23,7 @@ ON_CPU = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_dispatched_model(method: str, tmp_path: Path) -> None:
-    plain, model = tiny_llama(), spread(**{"": "cpu"})
+    plain, model = tiny_llama(num_hidden_layers=1), spread(**{"": "cpu"})
     assert hasattr(model.model.layers[0].self_attn.q_proj, "_hf_hook")
     for each in (plain, model):
         attached(each, method, [IDS])
@@ -37,7 +37,7 @@ def test_a_dispatched_model(method: str, tmp_path: Path) -> None:
     ll.load(fresh, path)
     assert torch.equal(fresh(IDS).logits, model(IDS).logits)
     ll.detach(model)
-    assert torch.equal(model(IDS).logits, tiny_llama()(IDS).logits)
+    assert torch.equal(model(IDS).logits, tiny_llama(num_hidden_layers=1)(IDS).logits)
 
 
 def test_offloaded_layers_are_refused_as_targets_alone(tmp_path: Path) -> None:
@@ -67,27 +67,27 @@ def test_load_into_an_offloaded_model_is_refused(tmp_path: Path) -> None:
     assert not any("lora" in path for path, _ in other.named_modules())
 
 
-def test_layers_offloaded_after_attach() -> None:
-    """Hooks that fetch weights before each forward see the adapter's own call too."""
-    model = tiny_llama()
-    attached(model, "dora")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_dispatched_after_attach(method: str) -> None:
+    """accelerate then puts hooks on the adapters as well, which see the layer among their arguments."""
+    model = tiny_llama(num_hidden_layers=1)
+    att = attached(model, method, [IDS])
     expected = model(IDS).logits
-    with pytest.warns(UserWarning) if False else torch.no_grad():
-        offloaded = cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True)
-        assert offloaded.model.layers[0].self_attn.q_proj.weight.is_meta
-        assert torch.equal(offloaded(IDS).logits, expected)
+    dispatched = dispatch_model(model, device_map={"": "cpu"}, main_device="cpu", force_hooks=True)
+    assert all(hasattr(adapter, "_hf_hook") for adapter in att.targets.values())
+    assert torch.equal(dispatched(IDS).logits, expected)
+    ll.detach(dispatched)
+    assert torch.equal(dispatched(IDS).logits, tiny_llama(num_hidden_layers=1)(IDS).logits)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_adapters_go_where_the_layer_computes(method: str) -> None:
     """Which is the hook's device, not the weight's. "meta" stands for the accelerator that tests do not have."""
-    model, x = OneLayer(16, 24, dtype=torch.float32), torch.randn(3, 16)
-    stats = [x]
-    cfg = ll.variants()[method].tiny().replace(target_names=(), target_roles=())
+    model, cfg = OneLayer(16, 24, dtype=torch.float32), tiny(method)
     if ll.variants()[method].needs(cfg):
         return  # its calibration would have to run on that device
     add_hook_to_module(model.layer, AlignDevicesHook(execution_device="meta"))
     model.layer.weight = torch.nn.Parameter(torch.randn(24, 16))  # the hook has moved it: back to the CPU
-    att = ll.attach(model, cfg, stats if ll.variants()[method].needs(cfg) else None)
+    att = ll.attach(model, cfg)
     tensors = [*att.targets["layer"].parameters(), *att.targets["layer"].buffers()]
     assert tensors and all(tensor.is_meta for tensor in tensors)

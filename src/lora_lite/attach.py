@@ -202,10 +202,11 @@ def find_train_also(
         adapted |= {id(named[key]) for key in attached.originals}
         adapted |= {id(p) for path in attached.targets for p in model.get_submodule(path).parameters()}
     chosen: dict[int, tuple[str, nn.Parameter]] = {}
+    owners = [key.rpartition(".")[0] or key for key in named]
     for pattern in patterns:
         matching = {key: p for key, p in named.items() if re.search(pattern, key)}
         if not matching:
-            raise TargetError(f"train_also: {pattern!r} matches no parameter; {near_misses(pattern, list(named))}")
+            raise TargetError(f"train_also: {pattern!r} matches no parameter; {near_misses(pattern, owners)}")
         for key, parameter in matching.items():
             if id(parameter) in adapted or not parameter.is_floating_point():
                 raise TargetError(
