@@ -82,6 +82,33 @@ def test_the_equation_starts_at_the_base(method: str, changes: dict[str, Any], i
     assert float((y - plain).abs().max() / plain.abs().max()) <= adapter.identity_bound(adapter.cfg, F64) + 1e-15
 
 
+@pytest.mark.parametrize("kind", ["zero", "rank one", "row", "column"])
+@pytest.mark.parametrize(("i", "o"), SHAPES[:2])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_degenerate_weight_gives_finite_numbers(method: str, i: int, o: int, kind: str) -> None:
+    """No norm, root or factorisation may divide by zero: such weights occur (zero-initialised or pruned layers)."""
+    model = OneLayer(i, o, dtype=torch.float32)
+    with torch.no_grad():
+        W = model.layer.weight
+        one_row, one_column = W.clone(), W.clone()
+        one_row[3], one_column[:, 3] = 0.0, 0.0
+        by_kind = {"zero": 0 * W, "rank one": torch.outer(W[:, 0], W[0]), "row": one_row, "column": one_column}
+        W.copy_(by_kind[kind])
+    x = torch.randn(50, i, generator=torch.Generator().manual_seed(7))
+    cfg = tiny(method, **({} if "r" in ll.variants()[method].Config.unused else {"r": 16}))
+    y = model(x).detach()
+    adapter = ll.attach(model, cfg, calibration(cfg, [x])).targets["layer"]
+    bound = adapter.identity_bound(cfg, torch.float32)
+    for size in (0.0, 0.05):
+        perturb([adapter], size)
+        now = model(x)
+        now.square().sum().backward()
+        assert size or float((now.detach() - y).abs().max() / y.abs().max()) <= bound
+        assert torch.isfinite(now).all()
+        assert all(torch.isfinite(p.grad).all() for p in adapter.parameters())
+        assert all(torch.isfinite(value).all() for value in adapter.state_dict().values())
+
+
 def test_dora_holds_the_norm_constant_in_backward() -> None:
     """With the norm differentiated, the gradients of A and B would be others: the equation above tells them apart."""
     model, adapter = attached("dora", 24, 16)

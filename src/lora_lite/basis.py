@@ -35,11 +35,18 @@ def singular_directions(
     W = W.to("cpu").double() if W.device.type == "mps" else W.double()
     o, i = W.shape
     if o <= i:
-        U, values = leading_eigenvectors(W @ W.T, r)
-        S = values.sqrt()
-        Vh = U.T @ W / S.clamp(min=torch.finfo(S.dtype).tiny).unsqueeze(1)
-        return U, S, Vh
-    V, values = leading_eigenvectors(W.T @ W, r)
-    S = values.sqrt()
-    U = W @ V / S.clamp(min=torch.finfo(S.dtype).tiny)
+        U, _ = leading_eigenvectors(W @ W.T, r)
+        V, S = _partners(W.T @ U)
+        return U, S, V.T
+    V, _ = leading_eigenvectors(W.T @ W, r)
+    U, S = _partners(W @ V)
     return U, S, V.T
+
+
+def _partners(products: Float[Tensor, "n r"]) -> tuple[Float[Tensor, "n r"], Float[Tensor, " r"]]:
+    """Orthonormal columns and S >= 0 whose product is `products`, whose columns are orthogonal up to rounding.
+
+    Not a division by the roots of eigenvalues: where W has no rank left those are noise, or 0.
+    """
+    Q, R = torch.linalg.qr(products)
+    return Q * torch.where(R.diagonal() < 0, -1.0, 1.0), R.diagonal().abs()

@@ -84,8 +84,10 @@ def check(model: nn.Module, batches: Iterable[Any]) -> CheckReport:
         raise ValueError("check: give at least one batch")
     adapters = {name: adapters_of(root, name) for name in state.adapters}
     trained = [p for layers in adapters.values() for adapter in layers.values() for p in adapter.parameters()]
-    kept = [(p, p.detach().clone(), p.grad) for p in trained]
+    kept = [(p, p.detach().clone()) for p in trained]
     others = [(p, p.grad) for p in root.parameters() if p.requires_grad]
+    # Running averages of norms, which train mode moves. Large integer buffers are quantised weights: nothing moves them.
+    buffers = [(b, b.clone()) for b in model.buffers() if b.is_floating_point() or b.numel() == 1]
     modes = {module: module.training for module in model.modules()}
     report = CheckReport({name: {path: Layer() for path in layers} for name, layers in adapters.items()}, [], 0.0, None)
     handles = [
@@ -96,7 +98,8 @@ def check(model: nn.Module, batches: Iterable[Any]) -> CheckReport:
     try:
         for index, p in enumerate(trained):
             _perturb(p, index)
-            p.grad = None
+        for p, _ in others:
+            p.grad = None  # else backward would add to the very tensor that is put back
         for mode in (True, False):
             model.train(mode)
             for _ in range(TRAIN_PASSES if mode else 1):
@@ -110,10 +113,9 @@ def check(model: nn.Module, batches: Iterable[Any]) -> CheckReport:
     finally:
         for handle in handles:
             handle.remove()
-        for p, bits, grad in kept:
-            with torch.no_grad():
-                p.copy_(bits)
-            p.grad = grad
+        with torch.no_grad():
+            for tensor, bits in [*kept, *buffers]:
+                tensor.copy_(bits)
         for p, grad in others:
             p.grad = grad
         for module, mode in modes.items():
@@ -203,7 +205,7 @@ def _raise_findings(report: CheckReport, adapters: Mapping[str, Mapping[str, Ada
                 raise CheckError(
                     f"adapter {name!r} on {path} ran but got no finite, nonzero gradient: {layer.grad_norms}"
                 )
-            if any(norm == float("inf") for norm in norms):
+            if not all(norm < float("inf") for norm in norms):
                 raise CheckError(f"adapter {name!r} on {path} got a gradient that is not finite: {layer.grad_norms}")
     if not report.effect > 0:
         raise CheckError("turning the coefficient from 0 to 1 changes no output, although adapters ran")

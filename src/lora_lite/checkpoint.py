@@ -309,7 +309,8 @@ def _check_base(file: File, layers: Mapping[str, nn.Module]) -> None:
     for path, layer in layers.items():
         here, there = sketch(layer, path), file.tensors[f"{path}.sketch"]
         same = torch.equal(here, there)  # also covers weights that are zero
-        cosines[path] = 1.0 if same else float(torch.cosine_similarity(here, there, dim=0))
+        cosine = torch.cosine_similarity(here, there, dim=0).nan_to_num(nan=-1.0)  # NaN is below nothing
+        cosines[path] = 1.0 if same else float(cosine)
     worst = min(cosines, key=lambda path: cosines[path])
     if not cosines[worst] >= SKETCH_COSINE:
         raise BaseMismatchError(

@@ -52,7 +52,10 @@ def parse(arguments: Sequence[str]) -> tuple[RunConfig, AdapterConfig, TrainConf
     style = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs)
     description = f"{DESCRIPTION}\nPresets (--preset NAME): " + "; ".join(f"{k}: {v.about}" for k, v in PRESETS.items())
     found: Any = tyro.cli(Train, args=rest, prog=PROG, description=description, config=style)
-    return found.run, to_config(methods, found.method, found.training.seed), found.training
+    try:
+        return found.run, to_config(methods, found.method, found.training.seed), found.training
+    except ValueError as error:
+        first.error(str(error))
 
 
 def to_config(methods: Mapping[str, type], values: Any, seed: int) -> AdapterConfig:

@@ -59,7 +59,8 @@ class DoRA(Adapter):
             W = dense(layer, A.dtype if is_quantized(layer) or A.dtype == torch.float64 else None)
             cross = ((W @ A.T.to(W.dtype)).to(A.dtype) * B).sum(1)
             square = ((B @ (A @ A.T)) * B).sum(1)
-            return (self.W_norm2 + 2 * s * cross + s**2 * square).clamp(min=0).sqrt()
+            n = (self.W_norm2 + 2 * s * cross + s**2 * square).clamp(min=0).sqrt()
+            return torch.where(n > 0, n, 1.0)  # m / n stays defined for a row of zeros, where m is 0 too
 
     def change(self, x: Tensor, y: Tensor, layer: nn.Module, c: Tensor) -> Tensor:
         gain = self.m / self.norm(layer)

@@ -1,0 +1,137 @@
+"""The command line, as its user sees it: output, last line, exit code, files."""
+
+import json
+from pathlib import Path
+
+import pytest
+from lab_helpers import make_llama, make_tokenizer
+
+import lora_lite as ll
+from lora_lite import cli
+
+SMALL = ["--task", "gcd", "--train-examples", "16", "--test-examples", "4", "--reload-examples", "2", "--steps", "3"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A local model folder."""
+    make_llama().save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path
+
+
+def train(folder: Path, *flags: str) -> int:
+    return cli.main(["train", "--model", str(folder / "model"), "--out", str(folder / "out"), *SMALL, *flags])
+
+
+def test_list_names_every_method_with_its_facts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["list"]) == 0
+    table = capsys.readouterr().out
+    assert cli.main(["list", "--json"]) == 0
+    known = json.loads(capsys.readouterr().out)
+    assert known.keys() == ll.variants().keys()
+    for name, cls in ll.variants().items():
+        assert f"{name} " in table and cls.arxiv in table and cls.title in table
+        assert known[name]["affine"] == cls.affine and known[name]["lr"] == cls.lr
+
+
+@pytest.mark.parametrize("method", ["lora", "eva", "ia3"])
+def test_train_measures_saves_and_ends_with_json(method: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(folder, method) == 0
+    printed = capsys.readouterr().out.strip().splitlines()
+    summary = json.loads(printed[-1])
+    assert 0 <= summary["accuracy_before"] <= 1 and 0 <= summary["accuracy_after"] <= 1
+    assert summary["methods"][0]["variant"] == method and summary["reloaded_answers_compared"] == 2
+    assert summary["training"]["lr"] == ll.variants()[method].lr
+    result = json.loads((folder / "out" / "result.json").read_text())
+    assert len(result["losses"]) == 3 and len(result["after"]) == 4
+    model = make_llama()
+    assert ll.load(model, folder / "out" / "adapter.safetensors").num_trainable == summary["trainable"]
+    assert not (folder / "out" / "checkpoints").exists()
+
+
+def test_flags_reach_the_config_wherever_they_stand(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["lora", "--r", "3", "--layers", "1", "--seed", "5", "--lr", "0.01", "--train-also", "lm_head"]
+    assert train(folder, *flags) == 0
+    summary = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    [method] = summary["methods"]
+    assert (method["r"], method["layers"], method["seed"]) == (3, [1], 5)
+    assert (summary["training"]["lr"], summary["training"]["seed"]) == (0.01, 5)
+    assert summary["trainable"] > make_llama().lm_head.weight.numel()
+
+
+def test_equal_commands_give_equal_results(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seen = []
+    for _ in range(2):
+        assert train(folder, "lora") == 0
+        capsys.readouterr()
+        seen.append(
+            (
+                (folder / "out" / "adapter.safetensors").read_bytes(),
+                json.loads((folder / "out" / "result.json").read_text())["losses"],
+            )
+        )
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [(["lora", "--target-names", "q_prj"], "near misses: q_proj"), (["--task", "gdc", "lora"], "did you mean gcd")],
+)
+def test_errors_say_what_is_wrong(
+    flags: list[str], words: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(folder, *flags) == 1
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "--no-such-flag"], "--no-such-flag"),
+        (["train", "lora", "--r", "many"], "many"),
+        (["train", "lora", "--r", "0"], "LoRAConfig.r = 0: must be an integer >= 1"),
+        (["train", "--steps", "0", "lora"], "TrainConfig.steps = 0"),
+        (["train", "--dtype", "float8", "lora"], "must be one of auto"),
+        (["what"], "what"),
+        ([], "{list,train}"),
+    ],
+)
+def test_flags_that_are_not_understood_exit_with_2(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_model_that_is_not_there_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--model", "nobody/nothing", "--out", str(tmp_path), "lora"]) == 1
+    assert "cannot load a causal language model 'nobody/nothing'" in capsys.readouterr().err
+
+
+def test_left_over_checkpoints_are_not_overwritten(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "out" / "checkpoints" / "step-2").mkdir(parents=True)
+    assert train(folder, "lora") == 1
+    assert "give --resume to go on, or another --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", list(ll.variants()))
+def test_help_explains_every_setting(method: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", method, "--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    cls = ll.variants()[method]
+    hidden = {*cls.Config.unused, "dtype", "seed"}
+    for field in cls.Config().to_dict().keys() - hidden:
+        assert f"--{field.replace('_', '-')}" in text
+
+
+def test_every_setting_has_a_line_of_help() -> None:
+    from lora_lite.lab.flags import field_help
+
+    for cls in ll.variants().values():
+        missing = [name for name, text in field_help(cls.Config).items() if not text]
+        assert not missing, f"{cls.Config.__name__}: no Args line for {missing}"
