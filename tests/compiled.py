@@ -1,131 +1,149 @@
 """A program, run by test_compile.py in a process without the type-checking hook: compiled models against eager ones.
 
-`python compiled.py aot_eager [method ...]` prints a JSON object for each method.
+`python compiled.py BACKEND MODEL PART,PART... [METHOD ...]` prints a JSON object for each method.
 """
 
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from helpers import METHODS, OneLayer, attached, bits, tiny, tiny_llama, token_ids, train
+from helpers import METHODS, attached, bits, tiny_llama, token_ids, train
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import lora_lite as ll
 
-IDS = token_ids()
+
+class Small(nn.Module):
+    """Two layers, not square, one with a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.first, self.second = nn.Linear(16, 24), nn.Linear(24, 16, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).relu())
+
+
+class Llama(nn.Module):
+    """A Llama that returns its logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.llama = tiny_llama(num_hidden_layers=1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.llama(ids).logits
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
+    "small": (Small, torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0))),
+    "llama": (Llama, token_ids()),
+}
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max().detach() / expected.abs().max().detach())
+    return float((found - expected).detach().norm() / expected.detach().norm().clamp(min=1e-12))
 
 
-def forward(method: str, backend: str) -> dict[str, Any]:
-    """Compile once; turn the coefficient; compare with eager at each, forward and gradients."""
-    torch.compiler.reset()
-    model = tiny_llama(num_hidden_layers=1)
-    attached(model, method, [IDS])
-    counter = CompileCounterWithBackend(backend)
-    compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=False)
-    errors, counts = [], []
-    with torch.no_grad():
-        for c in (1.0, 0.0, -0.7, 2, torch.tensor(0.3), torch.tensor(0.3, dtype=torch.float64)):
-            with ll.scale(model, c):
-                errors.append(distance(compiled(IDS).logits, model(IDS).logits))
-                counts.append(counter.frame_count)
-    return {"errors": errors, "counts": counts}
+class Case:
+    """A compiled model and its eager twin, adapted alike, and a count of compilations."""
+
+    def __init__(self, method: str, backend: str, model: str) -> None:
+        torch.compiler.reset()
+        make, self.x = MODELS[model]
+        self.eager, self.model = make(), make()
+        for each in (self.eager, self.model):
+            attached(each, method, [self.x])
+        self.counter = CompileCounterWithBackend(backend)
+        self.compiled = torch.compile(self.model, fullgraph=True, backend=self.counter, dynamic=False)
+
+    def calls(self) -> list[tuple[nn.Module, Any]]:
+        return [(self.eager, self.eager), (self.model, self.compiled)]
 
 
-def rows(method: str, backend: str) -> dict[str, Any]:
-    """One value per row: one more graph, for its shape, and none for other values."""
-    torch.compiler.reset()
-    model = tiny_llama(num_hidden_layers=1)
-    attached(model, method, [IDS])
-    counter = CompileCounterWithBackend(backend)
-    compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=False)
+def steps(case: Case) -> dict[str, Any]:
+    """Outputs, gradients and an optimiser step at several coefficients, compiled once."""
+    errors, counts, different = [], [], True
+    last = torch.zeros(())
+    for c in (1.0, 0.0, -0.7, 2, torch.tensor(0.3), torch.tensor(0.3, dtype=torch.float64)):
+        outputs = []
+        for each, call in case.calls():
+            each.zero_grad()
+            with ll.scale(each, c):
+                outputs.append(call(case.x))
+            outputs[-1].square().sum().backward()
+        errors.append(distance(outputs[1], outputs[0]))
+        different &= c == 0.3 or not torch.equal(last, outputs[1])
+        last = outputs[1].detach()
+        counts.append(case.counter.frame_count)
+        expected = {key: p.grad for key, p in case.eager.named_parameters() if p.requires_grad}
+        for key, p in case.model.named_parameters():
+            if p.requires_grad:
+                errors.append(distance(p.grad, expected[key]))  # type: ignore[arg-type]
+    outputs = []
+    for each, call in case.calls():
+        torch.optim.SGD(ll.param_groups(each, lr=1e-2)).step()
+        outputs.append(call(case.x))
+    errors.append(distance(outputs[1], outputs[0]))
+    counts.append(case.counter.frame_count)
+    return {"errors": errors, "counts": counts, "different": different and not torch.equal(outputs[1], last)}
+
+
+def rows(case: Case) -> dict[str, Any]:
+    """One value per row: a graph for its shape, and no other for other values."""
     errors, counts = [], []
     with torch.no_grad():
         for c in (torch.tensor([0.0, 1.0, -2.0]), torch.tensor([3.0, 0.5, 0.0])):
-            with ll.scale(model, c):
-                errors.append(distance(compiled(IDS).logits, model(IDS).logits))
-                counts.append(counter.frame_count)
+            with ll.scale(case.model, c):
+                errors.append(distance(case.compiled(case.x), case.model(case.x)))
+                counts.append(case.counter.frame_count)
     return {"errors": errors, "counts": counts}
 
 
-def steps(method: str, backend: str) -> dict[str, Any]:
-    """Gradients and two optimiser steps, compiled and eager, at two coefficients without compiling anew."""
-    torch.compiler.reset()
-    eager, model = (tiny_llama(num_hidden_layers=1) for _ in range(2))
-    for each in (eager, model):
-        attached(each, method, [IDS])
-    counter = CompileCounterWithBackend(backend)
-    compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=False)
-    errors = []
-    for c in (1.0, -0.5):
-        for each, call in ((eager, eager), (model, compiled)):
-            with ll.scale(each, c):
-                call(IDS).logits.square().mean().backward()
-        expected = {key: p.grad for key, p in eager.named_parameters() if p.requires_grad}
-        for key, p in model.named_parameters():
-            if p.requires_grad:
-                assert p.grad is not None, key
-                errors.append(float((p.grad - expected[key]).norm() / expected[key].norm()))
-    count = counter.frame_count
-    before = {key: p.clone() for key, p in model.named_parameters() if p.requires_grad}
-    for each, call in ((eager, eager), (model, compiled)):
-        optimizer = torch.optim.SGD(ll.param_groups(each, lr=1e-2))
-        optimizer.step()
-        errors.append(distance(call(IDS).logits, each(IDS).logits))
-    moved = all(not torch.equal(p, before[key]) for key, p in model.named_parameters() if key in before)
-    return {"errors": errors, "counts": [count, counter.frame_count], "moved": moved}
+@torch.no_grad()
+def coming_and_going(case: Case) -> dict[str, Any]:
+    """A model that ran compiled sees its adapters leave, come, merge and unmerge."""
+    first = case.compiled(case.x)
+    ll.detach(case.compiled)
+    base = case.compiled(case.x)
+    attached(case.model, "lora", [case.x])
+    adapted = case.compiled(case.x)
+    expected = case.model(case.x)
+    ll.merge(case.model)
+    merged = case.compiled(case.x)
+    ll.unmerge(case.model)
+    return {
+        "errors": [distance(adapted, expected), distance(case.compiled(case.x), expected)],
+        "merged": distance(merged, expected),
+        "different": not (torch.equal(first, base) or torch.equal(base, adapted)),
+    }
 
 
-def after_compile(method: str, backend: str) -> dict[str, Any]:
-    """A model that ran compiled sees adapters come and go."""
-    torch.compiler.reset()
-    model = tiny_llama(num_hidden_layers=1)
-    compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=False)
-    with torch.no_grad():
-        base = compiled(IDS).logits
-        attached(model, method, [IDS])
-        adapted = compiled(IDS).logits
-        errors = [distance(adapted, model(IDS).logits)]
-        seen = not torch.equal(adapted, base)
-        ll.merge(model)
-        errors.append(distance(compiled(IDS).logits, adapted))
-        ll.unmerge(model)
-        errors.append(distance(compiled(IDS).logits, adapted))
-        ll.detach(compiled)
-        errors.append(distance(compiled(IDS).logits, base))
-    return {"errors": errors, "seen": seen}
+def wrapper(case: Case) -> dict[str, Any]:
+    """State is found through the compiled wrapper; a loop in train mode runs over it."""
+    adapter = next(iter(ll.attachment(case.compiled).targets.values()))
+    before = bits(adapter)
+    case.compiled.train()
+    train(case.compiled, case.x)
+    attached(case.compiled._orig_mod, "lora", name="second")
+    with torch.no_grad(), ll.disabled(case.compiled), ll.disabled(case.eager):
+        errors = [distance(case.compiled(case.x), case.eager(case.x))]
+    return {"errors": errors, "different": not all(torch.equal(v, bits(adapter)[k]) for k, v in before.items())}
 
 
-def through_the_wrapper(method: str, backend: str) -> dict[str, Any]:
-    """State is found through the compiled wrapper, and a train-mode loop over it runs."""
-    torch.compiler.reset()
-    model: nn.Module = OneLayer(16, 24, dtype=torch.float32).train()
-    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
-    cfg = tiny(method)
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
-    ll.attach(model, cfg, [x] if ll.variants()[method].needs(cfg) else None)
-    before = bits(ll.attachment(compiled).targets["layer"])
-    train(compiled, x)
-    with ll.disabled(compiled), torch.no_grad():
-        base = compiled(x)
-    changed = any(not torch.equal(v, bits(ll.attachment(model).targets["layer"])[k]) for k, v in before.items())
-    return {"errors": [distance(base, OneLayer(16, 24, dtype=torch.float32)(x))], "changed": changed}
+PARTS = {each.__name__: each for each in (steps, rows, coming_and_going, wrapper)}
 
 
 def main() -> None:
-    backend, *methods = sys.argv[1:]
-    for method in methods or METHODS:
-        found = {"method": method, "forward": forward(method, backend), "rows": rows(method, backend)}
-        if ll.variants()[method].affine:
-            found["after_compile"] = after_compile(method, backend)
-        if ll.variants()[method].trained:
-            found |= {"steps": steps(method, backend), "wrapper": through_the_wrapper(method, backend)}
-        print(json.dumps(found), flush=True)
+    backend, model, parts, *methods = sys.argv[1:]
+    for method in methods or [m for m in METHODS if ll.variants()[m].trained]:
+        found = {part: PARTS[part](Case(method, backend, model)) for part in parts.split(",")}
+        print(json.dumps({"method": method, **found}), flush=True)
 
 
 if __name__ == "__main__":

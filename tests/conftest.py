@@ -2,7 +2,9 @@
 
 import os
 import sys
+from collections.abc import Iterator
 
+import jaxtyping
 import pytest
 import torch
 from hypothesis import settings
@@ -24,6 +26,14 @@ if os.environ.get("LORA_LITE_NO_TYPECHECK") != "1":  # fullgraph compilation doe
     if "lora_lite" in sys.modules:
         raise pytest.UsageError("lora_lite was imported before tests/conftest.py could install the type-checking hook")
     install_import_hook("lora_lite", "typechecker.check")
+
+
+@pytest.fixture
+def as_installed() -> Iterator[None]:
+    """Without the type-checking hook, which would stop arguments of wrong types before the library sees them."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 # The folder first: importing it later would put the module in the place of the function of that name.
 from lora_lite import variants as _methods  # noqa: F401
 from lora_lite.adapter import Adapter, register, variants
-from lora_lite.attach import Attachment, attach, attachment, base_state_dict, detach
+from lora_lite.attach import attach, detach
+from lora_lite.attachment import Attachment, attachment, base_state_dict
 from lora_lite.check import CheckReport, check
 from lora_lite.checkpoint import load, save
 from lora_lite.config import AdapterConfig

@@ -1,80 +1,25 @@
-"""Attach adapters to a model, take them off again, and the record of what is attached."""
+"""Attach adapters to a model, and take them off again."""
 
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_lite.adapter import Adapter, variant_of
+from lora_lite.attachment import Attachment, attachment, is_adapters_key
 from lora_lite.config import AdapterConfig
 from lora_lite.errors import CalibrationError, LoraLiteWarning, StateError, TargetError
 from lora_lite.hooks import hook_layer, hook_root
 from lora_lite.linear import execution_device, is_sharded, shape
-from lora_lite.state import ROOT, Attached, Dial, State, adapters_of, find_root, refuse_merged, root_of
+from lora_lite.state import ROOT, Attached, Dial, State, find_root, refuse_merged, root_of
 from lora_lite.stats import Statistics, broadcast, calibrate, generator
 from lora_lite.targets import near_misses, select, uncovered
 
 ADAPTER_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule")
-
-
-@dataclass(frozen=True)
-class Attachment:
-    """What is attached under one name.
-
-    Attributes:
-        name: the adapter's name.
-        targets: module path -> adapter module.
-        also: names of the base parameters trained with it (`train_also`).
-    """
-
-    name: str
-    targets: dict[str, Adapter]
-    also: dict[str, nn.Parameter]
-    base_size: int
-    uncovered: dict[str, int]
-
-    @property
-    def num_trainable(self) -> int:
-        """Number of trained values, those of `train_also` included."""
-        tensors = [p for adapter in self.targets.values() for p in adapter.parameters()]
-        return sum(tensor.numel() for tensor in [*tensors, *self.also.values()])
-
-    @property
-    def num_frozen(self) -> int:
-        """Number of values that the adapters store but do not train (a basis, a norm)."""
-        return sum(tensor.numel() for adapter in self.targets.values() for tensor in stored_buffers(adapter).values())
-
-    def summary(self) -> str:
-        """A table: a line for each method and shape of layer, then the totals."""
-        groups: dict[tuple[Any, ...], list[str]] = {}
-        for path, adapter in self.targets.items():
-            tensors = ", ".join(f"{key} {tuple(value.shape)}" for key, value in adapter.state_dict().items())
-            groups.setdefault((adapter.name, re.sub(r"\d+", "*", path), tensors), []).append(path)
-        lines = [
-            f"{method:<16} {len(paths):>4} x {pattern:<44} {tensors}"
-            for (method, pattern, tensors), paths in groups.items()
-        ]
-        lines += [f"train_also        {name} {tuple(value.shape)}" for name, value in self.also.items()]
-        share = 100 * self.num_trainable / max(self.base_size, 1)
-        lines.append(
-            f"{self.name}: {self.num_trainable:,} trained ({share:.3g}% of the base's {self.base_size:,}), "
-            f"{self.num_frozen:,} stored frozen, {len(self.targets)} layers"
-        )
-        if self.uncovered:
-            part = 100 * sum(self.uncovered.values()) / max(self.base_size, 1)
-            lines.append(f"out of reach of hooks: {part:.3g}% of the base ({', '.join(list(self.uncovered)[:3])}, ...)")
-        return "\n".join(lines)
-
-
-def stored_buffers(adapter: Adapter) -> dict[str, Tensor]:
-    """The adapter's frozen tensors that a file holds, by name."""
-    parameters = dict(adapter.named_parameters())
-    return {key: value for key, value in adapter.state_dict().items() if key not in parameters}
 
 
 def attach(
@@ -195,7 +140,7 @@ def find_train_also(
     """The base parameters that `train_also` names, by their (first) name; those of adapted layers are refused."""
     if isinstance(patterns, str):
         raise ValueError(f"train_also = {patterns!r}: must be a sequence of regexes, e.g. ('lm_head',)")
-    named = {key: p for key, p in model.named_parameters(remove_duplicate=False) if not _is_adapters(key, model)}
+    named = {key: p for key, p in model.named_parameters(remove_duplicate=False) if not is_adapters_key(key, model)}
     adapted = {id(p) for layer, _ in targets.values() for p in layer.parameters()}
     found = find_root(model)
     for attached in found[1].adapters.values() if found else ():
@@ -214,12 +159,6 @@ def find_train_also(
                 )
             chosen.setdefault(id(parameter), (key, parameter))  # a tied parameter counts once
     return dict(chosen.values())
-
-
-def _is_adapters(key: str, model: nn.Module) -> bool:
-    """Whether the parameter `key` is an adapter's."""
-    head, found, _ = key.partition(".lora.")
-    return bool(found) and isinstance(getattr(model.get_submodule(head), "lora", None), nn.ModuleDict)
 
 
 def _plan(
@@ -260,7 +199,7 @@ def commit(
     # By identity, for a tied parameter has several names.
     trained = {id(model.get_parameter(key)) for attached in state.adapters.values() for key in attached.originals}
     for key, parameter in model.named_parameters():
-        if not _is_adapters(key, model) and id(parameter) not in trained:
+        if not is_adapters_key(key, model) and id(parameter) not in trained:
             parameter.requires_grad_(False)
     originals = {key: parameter.detach().to("cpu", copy=True) for key, parameter in also.items()}
     for parameter in also.values():
@@ -277,15 +216,6 @@ def commit(
     state.adapters[name] = Attached(list(configs), dial, indices, originals)
     reset_compiler()
     return attachment(model, name)
-
-
-def attachment(model: nn.Module, name: str = "default") -> Attachment:
-    """The `Attachment` of an adapter that is attached already. Raises `StateError` where there is none."""
-    root, state = root_of(model, name)
-    parameters = dict(root.named_parameters(remove_duplicate=False))
-    also = {key: parameters[key] for key in state.adapters[name].originals}
-    size = sum(p.numel() for key, p in root.named_parameters() if not _is_adapters(key, root))
-    return Attachment(name, adapters_of(root, name), also, size, uncovered(root))
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:
@@ -333,8 +263,3 @@ def reset_compiler() -> None:
     """Let compiled code see the change: torch ignores hooks that come or go after compilation."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
-
-
-def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state dict without adapters, e.g. for `save_pretrained(folder, state_dict=...)`."""
-    return {key: value for key, value in model.state_dict().items() if not _is_adapters(key, model)}

@@ -15,7 +15,7 @@ from lora_lite.state import State, adapters_of, refuse_merged, root_of, scale, t
 from lora_lite.stats import generator, run
 
 PERTURBATION = 1e-2
-EXPERT = re.compile(r"\.experts\.\d+\.")  # which tokens reach an expert is not ours to say
+EXPERT = re.compile(r"(^|\.)experts\.\d+(\.|$)")  # which tokens reach an expert is not ours to say
 TRAIN_PASSES = 4  # at most, for models that skip layers at random in training (layer drop)
 
 
@@ -86,7 +86,7 @@ def check(model: nn.Module, batches: Iterable[Any]) -> CheckReport:
     trained = [p for layers in adapters.values() for adapter in layers.values() for p in adapter.parameters()]
     kept = [(p, p.detach().clone()) for p in trained]
     others = [(p, p.grad) for p in root.parameters() if p.requires_grad]
-    # Running averages of norms, which train mode moves. Large integer buffers are quantised weights: nothing moves them.
+    # Running averages of norms, which train mode moves; large integer buffers are quantised weights, which it does not.
     buffers = [(b, b.clone()) for b in model.buffers() if b.is_floating_point() or b.numel() == 1]
     modes = {module: module.training for module in model.modules()}
     report = CheckReport({name: {path: Layer() for path in layers} for name, layers in adapters.items()}, [], 0.0, None)

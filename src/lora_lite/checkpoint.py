@@ -17,7 +17,8 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from lora_lite.adapter import Adapter, variant_of, variants
-from lora_lite.attach import Attachment, attachment, check_layer, commit, find_train_also, refuse_unready
+from lora_lite.attach import check_layer, commit, find_train_also, refuse_unready
+from lora_lite.attachment import Attachment, attachment
 from lora_lite.config import AdapterConfig, is_int
 from lora_lite.errors import BaseMismatchError, CheckpointError, StateError, TargetError
 from lora_lite.linear import dense, execution_device, is_linear, shape

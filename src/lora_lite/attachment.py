@@ -1,0 +1,86 @@
+"""The record of what is attached under one name."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_lite.adapter import Adapter
+from lora_lite.state import adapters_of, root_of
+from lora_lite.targets import uncovered
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """What is attached under one name.
+
+    Attributes:
+        name: the adapter's name.
+        targets: module path -> adapter module.
+        also: names of the base parameters trained with it (`train_also`).
+    """
+
+    name: str
+    targets: dict[str, Adapter]
+    also: dict[str, nn.Parameter]
+    base_size: int
+    uncovered: dict[str, int]
+
+    @property
+    def num_trainable(self) -> int:
+        """Number of trained values, those of `train_also` included."""
+        tensors = [p for adapter in self.targets.values() for p in adapter.parameters()]
+        return sum(tensor.numel() for tensor in [*tensors, *self.also.values()])
+
+    @property
+    def num_frozen(self) -> int:
+        """Number of values that the adapters store but do not train (a basis, a norm)."""
+        return sum(tensor.numel() for adapter in self.targets.values() for tensor in stored_buffers(adapter).values())
+
+    def summary(self) -> str:
+        """A table: a line for each method and shape of layer, then the totals."""
+        groups: dict[tuple[Any, ...], list[str]] = {}
+        for path, adapter in self.targets.items():
+            tensors = ", ".join(f"{key} {tuple(value.shape)}" for key, value in adapter.state_dict().items())
+            groups.setdefault((adapter.name, re.sub(r"\d+", "*", path), tensors), []).append(path)
+        lines = [
+            f"{method:<16} {len(paths):>4} x {pattern:<44} {tensors}"
+            for (method, pattern, tensors), paths in groups.items()
+        ]
+        lines += [f"train_also        {name} {tuple(value.shape)}" for name, value in self.also.items()]
+        share = 100 * self.num_trainable / max(self.base_size, 1)
+        lines.append(
+            f"{self.name}: {self.num_trainable:,} trained ({share:.3g}% of the base's {self.base_size:,}), "
+            f"{self.num_frozen:,} stored frozen, {len(self.targets)} layers"
+        )
+        if self.uncovered:
+            part = 100 * sum(self.uncovered.values()) / max(self.base_size, 1)
+            lines.append(f"out of reach of hooks: {part:.3g}% of the base ({', '.join(list(self.uncovered)[:3])}, ...)")
+        return "\n".join(lines)
+
+
+def stored_buffers(adapter: Adapter) -> dict[str, Tensor]:
+    """The adapter's frozen tensors that a file holds, by name."""
+    parameters = dict(adapter.named_parameters())
+    return {key: value for key, value in adapter.state_dict().items() if key not in parameters}
+
+
+def attachment(model: nn.Module, name: str = "default") -> Attachment:
+    """The `Attachment` of an adapter that is attached already. Raises `StateError` where there is none."""
+    root, state = root_of(model, name)
+    parameters = dict(root.named_parameters(remove_duplicate=False))
+    also = {key: parameters[key] for key in state.adapters[name].originals}
+    size = sum(p.numel() for key, p in root.named_parameters() if not is_adapters_key(key, root))
+    return Attachment(name, adapters_of(root, name), also, size, uncovered(root))
+
+
+def is_adapters_key(key: str, model: nn.Module) -> bool:
+    """Whether the parameter `key` is an adapter's."""
+    head, found, _ = key.partition(".lora.")
+    return bool(found) and isinstance(getattr(model.get_submodule(head), "lora", None), nn.ModuleDict)
+
+
+def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state dict without adapters, e.g. for `save_pretrained(folder, state_dict=...)`."""
+    return {key: value for key, value in model.state_dict().items() if not is_adapters_key(key, model)}

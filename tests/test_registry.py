@@ -1,0 +1,158 @@
+"""The registry: every method's facts are there and sane, its file documents it, and the package's names resolve."""
+
+import dataclasses
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lora_lite as ll
+from helpers import METHODS, tiny
+from lora_lite.adapter import Adapter, register, variant_of
+from lora_lite.config import AdapterConfig
+from lora_lite.stats import STATISTICS
+
+LONGEST = 120  # lines of a method's file
+FOUNDATION = {"lora", "pissa", "dora", "delora", "hra", "eva", "ia3", "ia3_ff", "road", "lora_xs"}
+
+
+def test_the_published_methods_are_there() -> None:
+    assert set(METHODS) >= FOUNDATION
+    assert list(METHODS) == sorted(METHODS)
+    assert ll.variants() == ll.variants()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_facts(method: str) -> None:
+    cls: Any = ll.variants()[method]
+    assert issubclass(cls, Adapter) and cls.name == method and re.fullmatch(r"[a-z][a-z0-9_]*", method)
+    assert issubclass(cls.Config, AdapterConfig) and cls.Config is not AdapterConfig
+    assert cls.Config.__name__.lower() == method.replace("_", "") + "config"
+    assert len(cls.title) > 10 and re.fullmatch(r"\d{4}\.\d{5}", cls.arxiv)
+    assert isinstance(cls.affine, bool) and isinstance(cls.trained, bool)
+    assert 0 < cls.lr_range[0] <= cls.lr <= cls.lr_range[1] < 1
+    assert cls.acts() in ("before", "after") and (cls.acts() == "before") == (cls.before is not None)
+    assert cls.before is not None or cls.change is not Adapter.change
+    for cfg in (cls.Config(), tiny(method)):
+        assert cls.needs(cfg) <= set(STATISTICS)
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            assert 0 <= cls.identity_bound(cfg, dtype) < 0.1
+    assert variant_of(cls.Config()) is cls
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tensors_that_facts_speak_of_are_there(method: str) -> None:
+    cls: Any = ll.variants()[method]
+    with torch.device("meta"):  # shapes only, as load and cost need it
+        adapter = cls(tiny(method), 24, 16)
+    parameters = dict(adapter.named_parameters())
+    assert all(value.is_meta and value.ndim > 0 for value in adapter.state_dict().values())
+    assert set(cls.decay) | set(cls.lora_plus) <= set(parameters)
+    assert bool(parameters) == cls.trained
+    assert not any(isinstance(module, nn.Linear) for module in adapter.modules())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_is_one_short_file_that_documents_itself(method: str) -> None:
+    cls = ll.variants()[method]
+    module = importlib.import_module(cls.__module__)
+    source = Path(inspect.getfile(cls)).read_text()
+    assert cls.__module__.rsplit(".", 1)[-1] == method and cls.Config.__module__ == cls.__module__
+    assert len(source.splitlines()) < LONGEST
+    doc = module.__doc__ or ""
+    assert cls.arxiv in doc and re.search(r"arXiv:\d{4}\.\d{5}", doc)
+    assert re.search(r"^\s*[xy]' = .+", doc, re.MULTILINE), "no formula"
+    assert cls.__doc__ and re.search(r"\bc\b", cls.__doc__), "does not say what the coefficient means"
+    own = {field.name for field in dataclasses.fields(cls.Config)} - {f.name for f in dataclasses.fields(AdapterConfig)}
+    documented = " ".join(base.__doc__ or "" for base in cls.Config.__mro__)
+    assert all(f"{field}:" in documented for field in own)
+    assert cls.name not in {name for name, other in ll.variants().items() if other is not cls}
+
+
+def test_every_file_of_the_folder_is_registered() -> None:
+    folder = Path(inspect.getfile(importlib.import_module("lora_lite.variants"))).parent
+    assert {path.stem for path in folder.glob("*.py")} - {"__init__"} == set(METHODS)
+
+
+@dataclasses.dataclass(frozen=True)
+class NewConfig(AdapterConfig):
+    """Of a method that is not to be."""
+
+
+def facts(**changes: Any) -> Any:
+    return {"title": "A title", "arxiv": "0000.00000", "lr": 1e-3, "lr_range": (1e-4, 1e-2), **changes}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_taken_names_and_configs_are_refused(method: str) -> None:
+    before = ll.variants()
+    for name, Config in ((method, NewConfig), ("new", before[method].Config)):
+        with pytest.raises(ValueError, match=rf"register\('{name}', {Config.__name__}\): already taken by "):
+
+            @register(name, Config, **facts())
+            class New(Adapter):
+                pass
+
+    assert ll.variants() == before
+
+
+def test_a_config_that_no_method_registered() -> None:
+    with pytest.raises(ValueError, match=r"NewConfig is no registered config; the registered ones are .*LoRAConfig"):
+        ll.attach(nn.Linear(2, 2), NewConfig(target_roles=()))
+
+
+def test_a_method_is_registered_once_even_if_its_file_runs_again() -> None:
+    module = importlib.import_module("lora_lite.variants.lora")
+    before = ll.variants()["lora"]
+    try:
+        again = importlib.reload(module)
+        assert ll.variants()["lora"] is again.LoRA and list(ll.variants()) == METHODS
+    finally:
+        register(
+            "lora",
+            before.Config,
+            **{f: getattr(before, f) for f in ("title", "arxiv", "lr", "lr_range", "decay", "lora_plus")},
+        )(before)
+        module.LoRA, module.LoRAConfig = before, before.Config
+
+
+def test_names_of_the_package() -> None:
+    for cls in ll.variants().values():
+        assert getattr(ll, cls.Config.__name__) is cls.Config
+        assert cls.Config.__name__ in dir(ll)
+    for name in ll.__all__:
+        assert getattr(ll, name) is not None and name in dir(ll)
+    assert dir(ll) == sorted(dir(ll))
+    for name in ("NoConfig", "lorra", "Config", "_nothing"):
+        with pytest.raises(AttributeError, match=rf"module 'lora_lite' has no attribute '{name}'"):
+            getattr(ll, name)
+
+
+IMPORTS = """
+import sys, warnings
+import lora_lite as ll
+assert callable(ll.variants) and len(ll.variants()) >= 10 and callable(ll.variants), "the folder hides the function"
+assert ll.LoRAConfig(r=2).r == 2
+import torch
+model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+for name, cls in ll.variants().items():
+    cfg = cls.tiny().replace(target_roles=(), target_names=(), **({"group_size": 2} if hasattr(cls.tiny(), "group_size") else {}))
+    ll.attach(model, cfg, [torch.randn(8, 4)] if cls.needs(cfg) else None)
+    ll.save(model, sys.argv[1]); ll.detach(model); ll.load(model, sys.argv[1]); ll.merge(model, keep=False)
+found = [name for name in sys.modules if name.split(".")[0] in ("transformers", "peft", "bitsandbytes", "accelerate")]
+assert not found, found
+assert not [name for name in sys.modules if name.startswith("lora_lite.lab") or name == "lora_lite.cli"]
+"""
+
+
+def test_the_core_imports_neither_transformers_nor_the_lab(tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "error::lora_lite.errors.LoraLiteWarning", "-c", IMPORTS, str(tmp_path / "a")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
