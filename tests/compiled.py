@@ -1,6 +1,7 @@
 """A program, run by test_compile.py in a process without the type-checking hook: compiled models against eager ones.
 
-`python compiled.py BACKEND MODEL PART,PART... [METHOD ...]` prints a JSON object for each method.
+`python compiled.py BACKEND MODEL PART,PART@METHOD,METHOD ...` prints a JSON object for each part of each method
+(of all methods, where none is named).
 """
 
 import json
@@ -9,24 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from helpers import METHODS, attached, bits, tiny_llama, token_ids, train
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import lora_lite as ll
-
-
-class Small(nn.Module):
-    """Two layers, not square, one with a bias."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            self.first, self.second = nn.Linear(16, 24), nn.Linear(24, 16, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.first(x).relu())
+from helpers import METHODS, OneLayer, attached, bits, tiny_llama, token_ids, train
 
 
 class Llama(nn.Module):
@@ -41,7 +29,10 @@ class Llama(nn.Module):
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
-    "small": (Small, torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0))),
+    "layer": (
+        lambda: OneLayer(16, 24, dtype=torch.float32),
+        torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0)),
+    ),
     "llama": (Llama, token_ids()),
 }
 
@@ -140,10 +131,12 @@ PARTS = {each.__name__: each for each in (steps, rows, coming_and_going, wrapper
 
 
 def main() -> None:
-    backend, model, parts, *methods = sys.argv[1:]
-    for method in methods or [m for m in METHODS if ll.variants()[m].trained]:
-        found = {part: PARTS[part](Case(method, backend, model)) for part in parts.split(",")}
-        print(json.dumps({"method": method, **found}), flush=True)
+    backend, model, *groups = sys.argv[1:]
+    for parts, _, methods in (group.partition("@") for group in groups):
+        for method in methods.split(",") if methods else [m for m in METHODS if ll.variants()[m].trained]:
+            for part in parts.split(","):
+                found = PARTS[part](Case(method, backend, model))
+                print(json.dumps({"method": method, "part": part, **found}), flush=True)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import METHODS, anatomy, attached, bits, calibration, same_bits, tiny, tiny_llama, token_ids
 from torch import Tensor, nn
 
 import lora_lite as ll
+from helpers import METHODS, anatomy, attached, bits, calibration, same_bits, tiny, tiny_llama, token_ids
 
 IDS = token_ids()
 
@@ -214,7 +214,7 @@ def test_one_gradient_that_is_not_finite() -> None:
     """One of an adapter's tensors is enough, even where the others are fine."""
     model = net()
     model.get_parameter("second.lora.default.B").register_hook(lambda grad: grad * float("nan"))
-    with pytest.raises(ll.CheckError, match="on second got a gradient that is not finite: .*'B': nan"):
+    with pytest.raises(ll.CheckError, match=r"on second got a gradient that is not finite: .*'B': nan"):
         ll.check(model, [X])
 
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import METHODS, attached, perturb, relative, tiny, tiny_llama, token_ids
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_lite as ll
+from helpers import METHODS, attached, perturb, relative, tiny, tiny_llama, token_ids
 
 IDS = token_ids()
 KINDS = ["non-reentrant", "reentrant"]
@@ -160,7 +160,7 @@ def test_rows_of_a_flattened_batch(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_call_past_the_root_is_refused(kind: str) -> None:
-    """The root did not see the forward pass, so the coefficient it used is not known: an error, not a wrong gradient."""
+    """The root did not see the forward pass, so the coefficient is not known: an error, no wrong gradient."""
     model = tiny_llama(num_hidden_layers=1)
     attached(model, "lora")
     enable(model, kind)

@@ -11,57 +11,52 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import METHODS
 
 import lora_lite as ll
+from helpers import METHODS
 
 FOLDER = Path(__file__).parent
-ALL_PARTS = "steps,rows,coming_and_going,wrapper"
 
 
-def compiled(*arguments: str) -> dict[str, dict[str, Any]]:
-    """What compiled.py measured, by method."""
+def compiled(*arguments: str, tolerance: float) -> set[tuple[str, str]]:
+    """Run compiled.py and verify what it measured. Returns the pairs of method and part."""
     environment = {**os.environ, "LORA_LITE_NO_TYPECHECK": "1"}
     done = subprocess.run(
         [sys.executable, "compiled.py", *arguments], cwd=FOLDER, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert lines
-    return {line.pop("method"): line for line in lines}
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    for values in found:
+        verify(values, tolerance)
+    return {(values["method"], values["part"]) for values in found}
 
 
-def verify(found: dict[str, dict[str, Any]], parts: str, tolerance: float) -> None:
-    for method, measured in found.items():
-        assert set(measured) == set(parts.split(","))
-        for part, values in measured.items():
-            where = f"{method}, {part}: {values}"
-            assert max(values["errors"]) <= tolerance, where
-            assert values.get("different", True), where
-            counts = values.get("counts", [1])
-            # (Up to 2: torch may begin again within the first call, when it has seen that a scalar is a tensor.)
-            assert counts[0] in (1, 2) and len(set(counts)) == 1, where
-            assert values.get("merged", 0.0) < 1e-5, where
+def verify(values: dict[str, Any], tolerance: float) -> None:
+    assert max(values["errors"]) <= tolerance, values
+    assert values.get("different", True), values
+    counts = values.get("counts", [1])
+    # Up to 2: torch may begin again within the first call, when it has seen that a scalar is a tensor.
+    assert counts[0] in (1, 2) and len(set(counts)) == 1, values
+    assert values.get("merged", 0.0) < 1e-5, values
+
+
+TRAINED = [method for method in METHODS if ll.variants()[method].trained]
+REST = ("rows", "coming_and_going", "wrapper")
 
 
 def test_every_method() -> None:
     """Ahead-of-time autograd runs eager's own kernels: bitwise."""
-    found = compiled("aot_eager", "small", "steps")
-    assert list(found) == [method for method in METHODS if ll.variants()[method].trained]
-    verify(found, "steps", 0.0)
-
-
-def test_rows_and_adapters_that_come_and_go() -> None:
-    parts = "rows,coming_and_going,wrapper"
-    verify(compiled("aot_eager", "small", parts, "lora"), parts, 0.0)
+    found = compiled("aot_eager", "layer", "steps", f"{','.join(REST)}@lora", tolerance=0.0)
+    assert found == {(method, "steps") for method in TRAINED} | {("lora", part) for part in REST}
 
 
 @pytest.mark.slow
 def test_every_method_on_a_llama() -> None:
-    verify(compiled("aot_eager", "llama", ALL_PARTS), ALL_PARTS, 0.0)
+    assert len(compiled("aot_eager", "llama", "steps,rows", tolerance=0.0)) == 2 * len(TRAINED)
 
 
 @pytest.mark.slow
 def test_inductor() -> None:
     """Its fused kernels add in another order."""
-    verify(compiled("inductor", "llama", ALL_PARTS, "lora"), ALL_PARTS, 2e-5)
+    parts = ",".join(("steps", *REST))
+    assert len(compiled("inductor", "layer", f"{parts}@lora", tolerance=1e-5)) == 4

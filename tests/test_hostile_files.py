@@ -16,7 +16,7 @@ from safetensors.torch import save as to_bytes
 import lora_lite as ll
 from files import CONFIG, Net, Tensors, X, forged, live_net, parts, refused, unchanged, victims
 from helpers import METHODS, attached
-from lora_lite.checkpoint import METADATA_KEY
+from lora_lite.adapter_file import METADATA_KEY
 
 pytestmark = pytest.mark.usefixtures("as_installed")
 FUZZ = settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])

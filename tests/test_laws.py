@@ -5,6 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+import lora_lite as ll
 from helpers import (
     METHODS,
     OneLayer,
@@ -20,9 +23,6 @@ from helpers import (
     token_ids,
     train,
 )
-from torch import Tensor, nn
-
-import lora_lite as ll
 
 SHAPES = [(16, 24), (24, 16), (16, 16)]
 BASE_DTYPES = [torch.float32, torch.bfloat16, torch.float16]

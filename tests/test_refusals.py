@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import anatomy, attached, bits, same_bits, tiny_llama, token_ids
 from torch import nn
 
 import lora_lite as ll
+from helpers import anatomy, attached, bits, same_bits, tiny_llama, token_ids
 
 CFG = ll.LoRAConfig(r=2)
 IDS = token_ids()
@@ -63,7 +63,7 @@ def test_a_bad_name(name: str, tmp_path: Path) -> None:
 def test_every_attribute_of_a_module_dict_is_no_name() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     for name in dir(nn.ModuleDict()):
-        with pytest.raises(ll.StateError, match="no attribute of nn.ModuleDict"):
+        with pytest.raises(ll.StateError, match=r"no attribute of nn\.ModuleDict"):
             ll.attach(model, ll.LoRAConfig(r=2, target_roles=()), name=name)
 
 
@@ -109,10 +109,10 @@ def test_a_sharded_model(one_process: None) -> None:
     one, whole = llama(), llama()
     layer = one.model.layers[0].mlp.up_proj
     layer.weight = nn.Parameter(distribute_tensor(layer.weight.data, mesh, [Replicate()]))
-    with pytest.raises(ll.StateError, match="up_proj.weight is sharded: attach first, then shard"):
+    with pytest.raises(ll.StateError, match=r"up_proj\.weight is sharded: attach first, then shard"):
         ll.attach(one, CFG)
     fully_shard(whole, mesh=mesh)
-    with pytest.raises(ll.StateError, match="the model is a FSDP.*: attach first, then wrap or shard"):
+    with pytest.raises(ll.StateError, match=r"the model is a FSDP.*: attach first, then wrap or shard"):
         ll.attach(whole, CFG)
     assert not any("lora" in path for path, _ in [*one.named_modules(), *whole.named_modules()])
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import METHODS, attached, bits, perturb, same_bits, tiny, tiny_llama, token_ids, train
 from torch import Tensor, nn
 
 import lora_lite as ll
+from helpers import METHODS, attached, bits, perturb, same_bits, tiny, tiny_llama, token_ids, train
 
 IDS = token_ids()
 

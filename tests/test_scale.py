@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import METHODS, attached, relative, tiny_llama, token_ids
 from torch import Tensor, nn
 
 import lora_lite as ll
+from helpers import METHODS, attached, relative, tiny_llama, token_ids
 
 IDS = token_ids()
 

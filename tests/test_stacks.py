@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import METHODS, OneLayer, attached, bits, relative, same_bits, tiny_llama, token_ids
 from torch import Tensor, nn
 
 import lora_lite as ll
+from helpers import METHODS, OneLayer, attached, bits, relative, same_bits, tiny_llama, token_ids
 
 IDS = token_ids()
 X = torch.randn(5, 7, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(3))

@@ -155,6 +155,7 @@ def test_nothing_left_says_why() -> None:
         select(nn.LayerNorm(3), ll.LoRAConfig())
 
 
+@pytest.mark.usefixtures("as_installed")
 @pytest.mark.parametrize("field", ["target_names", "target_roles", "exclude_names"])
 def test_a_string_is_no_tuple_of_strings(field: str) -> None:
     with pytest.raises(ValueError, match=rf"LoRAConfig\.{field} = 'writer': must be a tuple of strings"):

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import METHODS, attached, bits, calibration, same_bits, tiny, tiny_llama, token_ids, train
 
 import lora_lite as ll
+from helpers import METHODS, attached, bits, calibration, same_bits, tiny, tiny_llama, token_ids, train
 
 IDS = token_ids()
 TIED = {"tie_word_embeddings": True}
@@ -68,7 +68,7 @@ def test_a_second_adapter_leaves_it_trained(changes: dict[str, Any]) -> None:
     assert any(head is p for group in ll.param_groups(model, 1e-3) for p in group["params"])
     train(model, IDS)
     trained = head.detach().clone()
-    with pytest.raises(ll.TargetError, match="lm_head.weight belongs to an adapter already"):
+    with pytest.raises(ll.TargetError, match=r"lm_head\.weight belongs to an adapter already"):
         ll.attach(model, tiny("ia3"), name="third", train_also=("lm_head",))
     ll.detach(model, "second")
     assert torch.equal(head, trained) and head.requires_grad
@@ -118,7 +118,7 @@ def test_refusals(patterns: Any, error: type[Exception], match: str) -> None:
 def test_a_tied_head_cannot_be_adapted_and_trained() -> None:
     model = llama(**TIED)
     cfg = tiny("lora", target_names=("lm_head",), exclude_names=())
-    with pytest.raises(ll.TargetError, match="embed_tokens.weight belongs to an adapter already"):
+    with pytest.raises(ll.TargetError, match=r"embed_tokens\.weight belongs to an adapter already"):
         ll.attach(model, cfg, train_also=("embed_tokens",))
 
 

@@ -71,6 +71,8 @@ def before_call(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if torch.compiler.is_compiling():
         return
     state: State = root.__dict__[ROOT]
+    if not in_backward():
+        _leave_backward(state)  # one that failed did not
     values = {name: attached.dial.value for name, attached in state.adapters.items()}
     state.call = Call(values, *batch_shape(tensors_in([args, kwargs])))
 
@@ -95,10 +97,15 @@ def _enter_backward(state: State, call: Call, grad: Tensor) -> None:
     if state.recomputed is None:
         torch.autograd.Variable._execution_engine.queue_callback(functools.partial(_leave_backward, state))
     state.recomputed = call
+    for name, value in call.values.items():
+        if name in state.adapters:
+            state.adapters[name].dial.compiled = value
 
 
 def _leave_backward(state: State) -> None:
     state.recomputed = None
+    for attached in state.adapters.values():
+        attached.dial.compiled = attached.dial.value
 
 
 def hook_layer(layer: nn.Module) -> None:

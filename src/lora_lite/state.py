@@ -32,6 +32,10 @@ class Dial:
     state: "State"
     value: Tensor = field(default_factory=lambda: torch.ones((), dtype=torch.float64))
 
+    def __post_init__(self) -> None:
+        # What compiled code reads: `value`, but in a backward pass that of the call whose outputs it comes from.
+        self.compiled = self.value
+
 
 @dataclass
 class Attached:
@@ -69,7 +73,9 @@ class State:
         Raises:
             StateError: a recomputation of a call that was not made through the root, after `scale` was used.
         """
-        if torch.compiler.is_compiling() or not in_backward():
+        if torch.compiler.is_compiling():
+            return dial.compiled
+        if not in_backward():
             return dial.value
         if self.recomputed is not None and dial.name in self.recomputed.values:
             return self.recomputed.values[dial.name]
@@ -168,7 +174,7 @@ class scale:
     def _set(values: Mapping[Dial, Tensor]) -> None:
         # The tensor is replaced, not written to: backward may still need the former one.
         for dial, value in values.items():
-            dial.value = value
+            dial.value = dial.compiled = value
 
 
 def disabled(model: nn.Module) -> scale:

@@ -1,0 +1,170 @@
+"""The file itself: safetensors with JSON metadata, written atomically, and checked whole before a model is touched."""
+
+import hashlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lora_lite.adapter import Adapter, variant_of, variants
+from lora_lite.config import AdapterConfig, is_int
+from lora_lite.errors import CheckpointError
+
+FORMAT = 1
+METADATA_KEY = "lora_lite"
+SKETCH_ROWS = 64
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@dataclass(frozen=True)
+class File:
+    """An adapter file, read and checked in itself, but not yet against a model."""
+
+    where: Path
+    configs: list[AdapterConfig]
+    targets: dict[str, tuple[int, AdapterConfig, tuple[int, int]]]
+    also: list[str]
+    tensors: dict[str, Tensor]
+
+    def error(self, message: str) -> CheckpointError:
+        return CheckpointError(f"{self.where}: {message}")
+
+
+def read(where: Path) -> File:
+    """Read a file and check it in itself: format, configs, shapes (before tensors are read), checksum, finiteness."""
+    if not where.is_file():
+        raise FileNotFoundError(f"no adapter file at {where}")
+    try:
+        with safe_open(where, framework="pt") as handle:
+            header = _header(where, handle.metadata())
+            checked = header.pop("checksum")
+            file = _parse(where, header)
+            keys = list(handle.keys())
+            _check_shapes(file, {key: handle.get_slice(key) for key in keys})
+            # Cloned, for the tensors that safetensors gives are views of the file and change when it is written to.
+            file.tensors.update({key: handle.get_tensor(key).clone() for key in keys})
+    except SafetensorError as error:
+        raise CheckpointError(f"{where}: is no whole safetensors file ({error}); copy it again") from error
+    if checksum(header, file.tensors) != checked:
+        raise file.error("its checksum does not match: the file was damaged or edited; copy it again")
+    if bad := [key for key, value in file.tensors.items() if not torch.isfinite(value).all()]:
+        raise file.error(f"{bad[0]} is not finite ({len(bad)} such tensors)")
+    return file
+
+
+def _header(where: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    if METADATA_KEY not in (metadata or {}):
+        raise CheckpointError(f"{where}: was not written by lora-lite (no {METADATA_KEY!r} in its metadata)")
+    try:
+        header = json.loads((metadata or {})[METADATA_KEY])
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where}: its metadata is no JSON ({error}); copy the file again") from error
+    expected = {"format", "version", "name", "configs", "targets", "train_also", "checksum"}
+    if not isinstance(header, dict) or set(header) != expected:
+        raise CheckpointError(f"{where}: its metadata must have just the keys {sorted(expected)}; copy the file again")
+    if header["format"] != FORMAT:
+        raise CheckpointError(
+            f"{where}: has format {header['format']!r}, this version reads {FORMAT}; update lora-lite"
+        )
+    return header
+
+
+def _parse(where: Path, header: dict[str, Any]) -> File:
+    known = variants()
+    try:
+        configs = [known[each["variant"]].Config.from_dict(each["config"]) for each in header["configs"]]
+        targets = {}
+        for path, entry in header["targets"].items():
+            index, (i, o) = entry["config"], entry["shape"]
+            if not (is_int(index, 0) and is_int(i, 1) and is_int(o, 1)):
+                raise ValueError(f"{path} has config {index!r} and shape {entry['shape']!r}")
+            shared = configs[index]
+            own = type(shared).from_dict({**shared.to_dict(), **entry["changes"]}) if entry["changes"] else shared
+            targets[str(path)] = (index, own, (i, o))
+        also = [str(key) for key in header["train_also"]]
+    except KeyError as error:
+        raise CheckpointError(
+            f"{where}: unknown method or missing metadata {error}; methods here: {', '.join(known)}"
+        ) from error
+    except (TypeError, ValueError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{where}: its metadata is not valid: {error}") from error
+    return File(where, configs, targets, also, {})
+
+
+def _check_shapes(file: File, slices: Mapping[str, Any]) -> None:
+    """Compare names, shapes and dtypes with what the configs ask for, before any tensor is read."""
+    expected: dict[str, tuple[list[int] | None, torch.dtype | None]] = {
+        f"also.{key}": (None, None) for key in file.also
+    }
+    for path, (_, cfg, (i, o)) in file.targets.items():
+        expected[f"{path}.sketch"] = ([min(o, SKETCH_ROWS)], torch.float32)
+        for key, value in empty_adapter(file, path, cfg, i, o).state_dict().items():
+            expected[f"{path}.lora.{key}"] = (list(value.shape), value.dtype)
+    if missing := sorted(set(expected) - set(slices)):
+        raise file.error(f"misses {len(missing)} tensors, such as {missing[0]}")
+    if unexpected := sorted(set(slices) - set(expected)):
+        raise file.error(f"has {len(unexpected)} tensors that nothing asks for, such as {unexpected[0]}")
+    for key, (dims, dtype) in expected.items():
+        found, kind = slices[key].get_shape(), SAFETENSORS_DTYPES.get(slices[key].get_dtype())
+        if (dims is not None and found != dims) or kind is None or (dtype is not None and kind != dtype):
+            raise file.error(f"{key} is {slices[key].get_dtype()} {found}, expected {dtype or 'a float'} {dims or ''}")
+
+
+def empty_adapter(file: File, path: str, cfg: AdapterConfig, i: int, o: int) -> Adapter:
+    """The adapter of a target on the meta device: its shapes, without memory."""
+    try:
+        with torch.device("meta"):
+            return variant_of(cfg)(cfg, i, o)  # type: ignore[call-arg]
+    except (ValueError, RuntimeError, TypeError) as error:  # the latter two: sizes beyond what torch can count
+        raise file.error(f"{path}: {str(error).splitlines()[0]}") from error
+
+
+def checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the metadata and every tensor's name, dtype, shape and bytes."""
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for key in sorted(tensors):
+        value = tensors[key].contiguous()
+        digest.update(f"{key}:{value.dtype}:{tuple(value.shape)}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def write_atomically(where: Path, data: bytes) -> None:
+    """Replace the file `where` by `data`: at any moment it holds the old content or the new, even after a crash."""
+    where.parent.mkdir(parents=True, exist_ok=True)
+    ours = re.compile(rf"\.{re.escape(where.name)}\.(\d{{1,9}})\.[0-9a-f]{{8}}\.tmp")
+    for stale in where.parent.iterdir():
+        if (found := ours.fullmatch(stale.name)) and not _alive(int(found[1])):
+            stale.unlink(missing_ok=True)
+    temporary = where.parent / f".{where.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    try:
+        with open(temporary, "xb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, where)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(where.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
