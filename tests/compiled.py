@@ -4,6 +4,8 @@
 (of all methods, where none is named).
 """
 
+import contextlib
+import copy
 import json
 import sys
 from collections.abc import Callable
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
 import lora_lite as ll
 from helpers import METHODS, OneLayer, attached, bits, tiny_llama, token_ids, train
@@ -127,7 +130,45 @@ def wrapper(case: Case) -> dict[str, Any]:
     return {"errors": errors, "different": not all(torch.equal(v, bits(adapter)[k]) for k, v in before.items())}
 
 
-PARTS = {each.__name__: each for each in (steps, rows, coming_and_going, wrapper)}
+class Checkpointed(nn.Module):
+    """A module of which a part is checkpointed."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.part, x, use_reentrant=False)
+
+
+def fail(grad: Tensor) -> Tensor:
+    raise ZeroDivisionError
+
+
+def checkpointed(case: Case) -> dict[str, Any]:
+    """A compiled part of an eager model that checkpoints it: backward computes it again with its forward's c, also
+    after a backward that failed; what runs later has the c then in force."""
+    results = []
+    for compile_part in (False, True):
+        part = copy.deepcopy(case.eager)
+        ll.detach(part)
+        model = Checkpointed(part)
+        attached(model, "lora", [case.x])
+        if compile_part:
+            part.compile(backend=case.counter, fullgraph=True)
+        with ll.scale(model, -1.5):
+            y, failing = model(case.x), model(case.x)
+        failing.register_hook(fail)
+        with contextlib.suppress(ZeroDivisionError):
+            failing.sum().backward()
+        model.zero_grad()
+        y.square().sum().backward()
+        results.append([*(p.grad for p in model.parameters() if p.requires_grad), model(case.x)])
+    errors = [distance(found, expected) for expected, found in zip(*results, strict=True)]
+    return {"errors": errors, "different": case.counter.frame_count > 0}
+
+
+PARTS = {each.__name__: each for each in (steps, rows, coming_and_going, wrapper, checkpointed)}
 
 
 def main() -> None:

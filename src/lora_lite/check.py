@@ -1,7 +1,8 @@
 """Does every adapter have an effect, and does it get a gradient? Found by running, not assumed."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,23 +84,11 @@ def check(model: nn.Module, batches: Iterable[Any]) -> CheckReport:
     if not batches:
         raise ValueError("check: give at least one batch")
     adapters = {name: adapters_of(root, name) for name in state.adapters}
-    trained = [p for layers in adapters.values() for adapter in layers.values() for p in adapter.parameters()]
-    kept = [(p, p.detach().clone()) for p in trained]
-    others = [(p, p.grad) for p in root.parameters() if p.requires_grad]
-    # Running averages of norms, which train mode moves; large integer buffers are quantised weights, which it does not.
-    buffers = [(b, b.clone()) for b in model.buffers() if b.is_floating_point() or b.numel() == 1]
-    modes = {module: module.training for module in model.modules()}
     report = CheckReport({name: {path: Layer() for path in layers} for name, layers in adapters.items()}, [], 0.0, None)
-    handles = [
-        adapter.register_forward_hook(_counting(report.layers[name][path]))
-        for name, layers in adapters.items()
-        for path, adapter in layers.items()
-    ]
-    try:
+    trained = [p for layers in adapters.values() for adapter in layers.values() for p in adapter.parameters()]
+    with _put_back(model, trained), _watch(adapters, report):
         for index, p in enumerate(trained):
             _perturb(p, index)
-        for p, _ in others:
-            p.grad = None  # else backward would add to the very tensor that is put back
         for mode in (True, False):
             model.train(mode)
             for _ in range(TRAIN_PASSES if mode else 1):
@@ -110,19 +99,47 @@ def check(model: nn.Module, batches: Iterable[Any]) -> CheckReport:
         _note_gradients(report, adapters)
         model.eval()
         effect, independent = _turn(model, state, batches[0])
-    finally:
-        for handle in handles:
-            handle.remove()
-        with torch.no_grad():
-            for tensor, bits in [*kept, *buffers]:
-                tensor.copy_(bits)
-        for p, grad in others:
-            p.grad = grad
-        for module, mode in modes.items():
-            module.training = mode
     report = CheckReport(report.layers, report.idle_experts, effect, independent)
     _raise_findings(report, adapters, model)
     return report
+
+
+@contextmanager
+def _put_back(model: nn.Module, trained: Sequence[Tensor]) -> Iterator[None]:
+    """Put back, at the end, all that a forward and backward pass moves: bits, gradients, modes, the random state."""
+    # Running averages of norms, which train mode moves; large integer buffers are quantised weights, which it does not.
+    buffers = [b for b in model.buffers() if b.is_floating_point() or b.numel() == 1]
+    kept = [(tensor, tensor.detach().clone()) for tensor in [*trained, *buffers]]
+    grads = [(p, p.grad) for p in model.parameters() if p.requires_grad]
+    modes = {module: module.training for module in model.modules()}
+    try:
+        for p, _ in grads:
+            p.grad = None  # else backward would add to the very tensor that is put back
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        with torch.no_grad():
+            for tensor, bits in kept:
+                tensor.copy_(bits)
+        for p, grad in grads:
+            p.grad = grad
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def _watch(adapters: Mapping[str, Mapping[str, Adapter]], report: CheckReport) -> Iterator[None]:
+    """Count, in the report, the calls of each adapter."""
+    handles = [
+        adapter.register_forward_hook(_counting(report.layers[name][path]))
+        for name, layers in adapters.items()
+        for path, adapter in layers.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _counting(layer: Layer) -> Any:

@@ -13,9 +13,10 @@ from lora_lite.config import AdapterConfig
 
 @dataclass(frozen=True)
 class IA3Config(AdapterConfig):
-    """IA3 rescales the outputs of the key and value projections, under their usual names."""
+    """IA3 rescales the outputs of the key and value projections, under their usual names. Fused ones are left to you:
+    a gain on all of them would rescale queries as well."""
 
-    target_names: tuple[str, ...] = (r"(^|[._])(k|v|key|value)(_proj|_lin)?$",)
+    target_names: tuple[str, ...] = (r"(^|(?<!feed_forward)\.)(k|v|key|value)(_proj|_lin)?$",)
     target_roles: tuple[str, ...] = ()
     unused = ("r", "alpha")
 
