@@ -42,8 +42,8 @@ PRESETS = {
     "none": Preset("the defaults of every setting"),
     "demo": Preset(
         "the embedded model learns to reverse lists of words, in a few minutes on two CPU cores",
-        run=RunConfig(task=REVERSAL, train_examples=400, out=Path("runs/demo")),
-        training=TrainConfig(steps=50, batch_size=8, final_lr=0.05, save_every=25),
+        run=RunConfig(task=REVERSAL, train_examples=320, out=Path("runs/demo")),
+        training=TrainConfig(steps=40, batch_size=8, final_lr=0.05, save_every=20),
         methods={"lora": {"r": 16, "alpha": 32.0}},
         rates={"lora": 2e-3},
     ),
