@@ -43,7 +43,7 @@ def demo() -> str:
     seconds = found["seconds"]
     lines = [
         f"Task `{found['run']['task']}`, {found['items']} held-out items, method `{found['methods'][0]['variant']}`, "
-        f"{found['trainable']:,} trained parameters, {found['dtype']}, {found['threads']} threads, "
+        f"{found['trainable']:,} trained parameters, {found['dtype']}, {found['device']} ({found['threads']} threads), "
         f"torch {found['versions']['torch']}, seed {found['training']['seed']} (`make demo`):",
         "",
         "| | before | after |",

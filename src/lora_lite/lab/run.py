@@ -5,7 +5,9 @@
 
 import dataclasses
 import json
+import os
 import platform
+import re
 import resource
 import shutil
 import sys
@@ -110,6 +112,15 @@ def peak_memory_mb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**20
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's as far as the system tells."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    models = re.findall(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else []
+    return f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores"
 
 
 class Clock:
@@ -223,7 +234,7 @@ def summarize(
         "training": dataclasses.asdict(training),
         "run": {**dataclasses.asdict(run), "out": str(run.out)},
         "dtype": str(dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("lora-lite", "torch", "transformers", "reasoning-gym")},
     }

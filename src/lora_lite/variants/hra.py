@@ -46,8 +46,8 @@ class HRA(Adapter):
 
     @classmethod
     def identity_bound(cls, cfg: HRAConfig, dtype: torch.dtype = torch.float32) -> float:
-        # A pair cancels up to the rounding of u . u and of the two thin matmuls.
-        return 8 * max(torch.finfo(dtype).eps, torch.finfo(cfg.dtype).eps)
+        # A pair cancels up to the rounding of u . u and of the two thin matmuls; a base in 16 bits may round that once.
+        return max(torch.finfo(dtype).eps, 8 * torch.finfo(cfg.dtype).eps)
 
     def init(self, layer: nn.Module, stats: Any, rng: torch.Generator) -> None:
         half = kaiming_uniform_(self.U[: self.cfg.r // 2].clone(), rng)
