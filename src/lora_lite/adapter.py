@@ -122,12 +122,19 @@ class Adapter(nn.Module):
         """The change of the layer's output y, for its input x, at coefficient c (see `Change`)."""
         return None
 
-    def forward(self, x: Tensor, y: Tensor | None, layer: nn.Module, c: Tensor) -> Any:
-        """`before` when y is None, else `change`; the hooks call the module so that its own hooks fire."""
-        if y is None:
+    def forward(self, x: Tensor, y: Tensor | None, layer: nn.Module, c: Tensor, out: Tensor | None = None) -> Tensor:
+        """What the layer reads instead of x (y None), or `out` plus the change.
+
+        The layer's hooks call the module, so that its own hooks (of offloading, of sharding) fire; all use of its
+        tensors therefore lies within this call.
+        """
+        if y is None or out is None:
             assert self.before is not None
             return self.before(x, layer, c)
-        return self.change(x, y, layer, c)
+        change = self.change(x, y, layer, c)
+        if change is None:
+            return out
+        return add_lowrank(out, *change) if isinstance(change, tuple) else out + cast(change, out)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Adapter":
         """Follow the model's device, not its dtype: 16-bit steps near 1 are too wide for an adapter to learn."""

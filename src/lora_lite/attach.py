@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_lite.adapter import Adapter, variant_of
+from lora_lite.adapter import Adapter, adapters_on, variant_of
 from lora_lite.attachment import Attachment, attachment, is_adapters_key
 from lora_lite.config import AdapterConfig
 from lora_lite.errors import CalibrationError, LoraLiteWarning, StateError, TargetError
 from lora_lite.hooks import hook_layer, hook_root
 from lora_lite.linear import execution_device, is_sharded, shape
-from lora_lite.state import ROOT, Attached, Dial, State, find_root, refuse_merged, root_of
+from lora_lite.state import ROOT, Attached, Dial, State, find_root, refuse_merged, root_of, trained_also
 from lora_lite.stats import Statistics, broadcast, calibrate, generator
 from lora_lite.targets import near_misses, select, uncovered
 
@@ -118,19 +118,35 @@ def select_all(model: nn.Module, configs: Sequence[AdapterConfig]) -> dict[str, 
         for path, layer in select(model, cfg).items():
             if path in targets:
                 raise TargetError(f"{path} is selected by configs {targets[path][1]} and {index}; make them disjoint")
-            check_layer(path, layer)
+            check_layer(path, layer, model)
             targets[path] = (layer, index)
+    for path in targets:
+        parts = path.split(".")
+        above = [parent for n in range(1, len(parts)) if (parent := ".".join(parts[:n])) in targets]
+        if above:
+            raise TargetError(
+                f"{path} lies within {above[0]}, so one weight would be adapted twice (is the model wrapped by peft? "
+                "then unload it first); leave one out with exclude_names"
+            )
     return targets
 
 
-def check_layer(path: str, layer: nn.Module) -> None:
+def check_layer(path: str, layer: nn.Module, model: nn.Module) -> None:
     """Refuse a layer that cannot carry an adapter."""
     if layer.weight.is_meta:
         raise TargetError(
             f"{path}: its weight is on the meta device (offloaded, or never loaded); keep targets in memory, or leave "
             "this layer out with layers or exclude_names"
         )
-    if "lora" not in layer._modules and hasattr(layer, "lora"):
+    own = {id(p) for p in layer.parameters(recurse=False)}
+    found = find_root(model)
+    for name in found[1].adapters if found else ():
+        if trained := [key for key, p in trained_also(model, name).items() if id(p) in own]:
+            raise TargetError(
+                f"{path}: adapter {name!r} trains {trained[0]} (train_also), so nothing can be built on it"
+            )
+    store = layer._modules.get("lora", getattr(layer, "lora", None))
+    if store is not None and not (isinstance(store, nn.ModuleDict) and len(adapters_on(layer)) == len(store)):
         raise TargetError(f"{path}: has an attribute 'lora' of its own; leave it out with exclude_names")
 
 
@@ -153,6 +169,8 @@ def find_train_also(
         if not matching:
             raise TargetError(f"train_also: {pattern!r} matches no parameter; {near_misses(pattern, owners)}")
         for key, parameter in matching.items():
+            if parameter.is_meta or is_sharded(parameter):
+                raise TargetError(f"train_also: {key} is offloaded (meta) or sharded; attach before that")
             if id(parameter) in adapted or not parameter.is_floating_point():
                 raise TargetError(
                     f"train_also: {key} belongs to an adapter already, or is quantised; narrow {pattern!r}"
@@ -173,8 +191,8 @@ def _plan(
 
 def _build(cfg: AdapterConfig, path: str, layer: nn.Module, stats: Statistics | None) -> Adapter:
     try:
-        adapter = variant_of(cfg)(cfg, *shape(layer))  # type: ignore[call-arg]
-        with torch.no_grad():
+        with torch.no_grad(), torch.device("cpu"):
+            adapter = variant_of(cfg)(cfg, *shape(layer))  # type: ignore[call-arg]
             adapter.init(layer, stats, generator(cfg.seed, path))
             adapter.to(execution_device(layer))
     except CalibrationError as error:
@@ -193,6 +211,7 @@ def commit(
     also: dict[str, nn.Parameter],
 ) -> Attachment:
     """Hang finished adapters under their layers. Nothing here can fail, so that attach and load are all or nothing."""
+    originals = {key: parameter.detach().to("cpu", copy=True) for key, parameter in also.items()}
     state: State = model.__dict__.setdefault(ROOT, State())
     if not state.adapters:
         state.requires_grad = {key: p.requires_grad for key, p in model.named_parameters()}
@@ -201,7 +220,6 @@ def commit(
     for key, parameter in model.named_parameters():
         if not is_adapters_key(key, model) and id(parameter) not in trained:
             parameter.requires_grad_(False)
-    originals = {key: parameter.detach().to("cpu", copy=True) for key, parameter in also.items()}
     for parameter in also.values():
         parameter.requires_grad_(True)
     dial = Dial(name, state)
@@ -226,13 +244,13 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     """
     root, state = root_of(model, name)
     refuse_merged(state, "detach")
-    parameters = dict(root.named_parameters(remove_duplicate=False))
-    for each in [name] if name is not None else list(state.adapters):
-        attached = state.adapters.pop(each)
-        for key, original in attached.originals.items():
+    names = [name] if name is not None else list(state.adapters)
+    parameters = {each: trained_also(root, each) for each in names}
+    for each in names:
+        for key, original in state.adapters.pop(each).originals.items():
             with torch.no_grad():
-                parameters[key].copy_(original)
-            parameters[key].requires_grad_(False)
+                parameters[each][key].copy_(original)
+            parameters[each][key].requires_grad_(False)
         for module in list(root.modules()):
             drop(module, each)
     if not state.adapters:
@@ -243,7 +261,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
 def drop(layer: nn.Module, name: str) -> None:
     """Remove the adapter `name` from a layer, if it has it."""
     store = layer._modules.get("lora")
-    if isinstance(store, nn.ModuleDict) and name in store:
+    if isinstance(store, nn.ModuleDict) and name in store and isinstance(store[name], Adapter):
         del store[name]
         if len(store) == 0:
             del layer._modules["lora"]
@@ -254,7 +272,7 @@ def release(root: nn.Module, state: State) -> None:
     """Forget the state of a root without adapters, and restore the flags of its parameters."""
     hook_root(root, False)
     for key, parameter in root.named_parameters():
-        if key in state.requires_grad and parameter.is_floating_point():
+        if key in state.requires_grad and (parameter.is_floating_point() or parameter.is_complex()):
             parameter.requires_grad_(state.requires_grad[key])
     del root.__dict__[ROOT]
 

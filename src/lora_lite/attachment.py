@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_lite.adapter import Adapter
-from lora_lite.state import adapters_of, root_of
+from lora_lite.state import adapters_of, root_of, trained_also
 from lora_lite.targets import uncovered
 
 
@@ -68,17 +68,19 @@ def stored_buffers(adapter: Adapter) -> dict[str, Tensor]:
 
 def attachment(model: nn.Module, name: str = "default") -> Attachment:
     """The `Attachment` of an adapter that is attached already. Raises `StateError` where there is none."""
-    root, state = root_of(model, name)
-    parameters = dict(root.named_parameters(remove_duplicate=False))
-    also = {key: parameters[key] for key in state.adapters[name].originals}
+    root, _ = root_of(model, name)
     size = sum(p.numel() for key, p in root.named_parameters() if not is_adapters_key(key, root))
-    return Attachment(name, adapters_of(root, name), also, size, uncovered(root))
+    return Attachment(name, adapters_of(root, name), trained_also(root, name), size, uncovered(root))
 
 
 def is_adapters_key(key: str, model: nn.Module) -> bool:
     """Whether the parameter `key` is an adapter's."""
-    head, found, _ = key.partition(".lora.")
-    return bool(found) and isinstance(getattr(model.get_submodule(head), "lora", None), nn.ModuleDict)
+    for found in re.finditer(r"\.lora\.", key):  # base modules may be called so as well
+        store = model.get_submodule(key[: found.start()])._modules.get("lora")
+        name = key[found.end() :].partition(".")[0]
+        if store is not None and isinstance(store._modules.get(name), Adapter):
+            return True
+    return False
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:

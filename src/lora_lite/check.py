@@ -152,7 +152,9 @@ def _counting(layer: Layer) -> Any:
 
 @torch.no_grad()
 def _perturb(p: Tensor, index: int) -> None:
-    noise = torch.randn(p.shape, generator=generator(index, "check")).to(p.device, p.dtype)
+    noise = torch.randn(p.shape, generator=generator(index, "check"), dtype=torch.float32, device="cpu").to(
+        p.device, p.dtype
+    )
     p.add_(noise * PERTURBATION * p.abs().mean().clamp(min=1.0))
 
 
@@ -163,8 +165,13 @@ def _loss(output: Any) -> Tensor:
     tensors = [t for t in tensors_in(output) if t.is_floating_point() and t.requires_grad]
     if not tensors:
         raise CheckError("the model's output has no tensor that depends on the adapters; is it run under no_grad?")
-    weights = [torch.randn(t.shape, generator=generator(0, "loss")).to(t.device) for t in tensors]
+    weights = [_noise(t) for t in tensors]
     return sum((t.float() * w).mean() for t, w in zip(tensors, weights, strict=True))  # type: ignore[return-value]
+
+
+def _noise(like: Tensor) -> Tensor:
+    noise = torch.randn(like.shape, generator=generator(0, "loss"), dtype=torch.float32, device="cpu")
+    return noise.to(like.device)
 
 
 def _note_gradients(report: CheckReport, adapters: Mapping[str, Mapping[str, Adapter]]) -> None:

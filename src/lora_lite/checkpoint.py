@@ -27,7 +27,7 @@ from lora_lite.attach import check_layer, commit, find_train_also, refuse_unread
 from lora_lite.attachment import Attachment, attachment
 from lora_lite.errors import BaseMismatchError, CheckpointError, StateError, TargetError
 from lora_lite.linear import dense, execution_device, is_linear, shape
-from lora_lite.state import adapters_of, find_root, refuse_merged, root_of
+from lora_lite.state import adapters_of, find_root, refuse_merged, root_of, trained_also
 from lora_lite.stats import generator
 
 # On SmolLM2, worst of 210 layers: bf16 1.000, int8 1.000, nf4 0.990, fp4 0.981, changed by 10% 0.990, by 30% 0.916;
@@ -52,7 +52,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
     """
     root, state = root_of(model, name)
     refuse_merged(state, "save")
-    where = Path(path)
+    where = Path(os.path.realpath(path))  # a link stays, and what it points to is replaced
     if where.is_dir():
         raise CheckpointError(f"{where} is a folder; give a file, e.g. {where / 'adapter.safetensors'}")
     attached, adapters = state.adapters[name], adapters_of(root, name)
@@ -65,7 +65,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
         targets[target] = {"config": attached.targets[target], "changes": changes, "shape": list(shape(layer))}
         tensors |= {f"{target}.lora.{key}": value for key, value in adapter.state_dict().items()}
         tensors[f"{target}.sketch"] = sketch(layer, target)
-    tensors |= {f"also.{key}": root.get_parameter(key) for key in attached.originals}
+    tensors |= {f"also.{key}": parameter for key, parameter in trained_also(root, name).items()}
     tensors = {key: value.detach().to("cpu").contiguous().clone() for key, value in tensors.items()}
     if bad := [key for key, value in tensors.items() if not torch.isfinite(value).all()]:
         raise CheckpointError(f"save: {bad[0]} is not finite (of {len(bad)} such tensors); nothing was written")
@@ -182,7 +182,7 @@ def _layer(root: nn.Module, file: File, path: str) -> nn.Module:
         raise file.error(
             f"{path} maps {shape(layer)} here, but {file.targets[path][2]} in the file: another architecture"
         )
-    check_layer(path, layer)
+    check_layer(path, layer, root)
     return layer
 
 
@@ -202,7 +202,7 @@ def sketch(layer: nn.Module, path: str) -> Tensor:
     """W z on up to 64 evenly spaced rows, for one z seeded by the path: what tells base models apart."""
     i, o = shape(layer)
     rows = torch.linspace(0, o - 1, min(o, SKETCH_ROWS)).round().long()
-    z = torch.randn(i, generator=generator(0, path))
+    z = torch.randn(i, generator=generator(0, path), dtype=torch.float32, device="cpu")
     return dense(layer)[rows.to(layer.weight.device)].to("cpu", torch.float32) @ z  # type: ignore[union-attr, arg-type]
 
 

@@ -63,6 +63,15 @@ def _in_fp64(adapter: Adapter) -> Adapter:
     return nn.Module._apply(twin_adapter, lambda t: t.to("cpu", torch.float64 if t.is_floating_point() else t.dtype))  # type: ignore[return-value]
 
 
+def _twin_agrees(layer: nn.Module, x: Tensor) -> bool:
+    """Whether the bare layer computes W x + b, to the rounding of its dtype (and of activations, where quantised)."""
+    b = bias(layer)
+    expected = x.double().cpu() @ dense(layer).double().cpu().T + (0 if b is None else b.double().cpu())
+    tolerance = 0.03 if x.dtype in (torch.bfloat16, torch.float16) else 1e-3
+    tolerance = 0.1 if is_quantized(layer) else tolerance
+    return _relative(layer.forward(x).double().cpu(), expected) <= tolerance
+
+
 @torch.no_grad()
 def affine(layer: nn.Module, path: str) -> tuple[Tensor, Tensor]:
     """(W' (o, i), b' (o)) in fp64 of an adapted layer: the plain weights that equal its whole stack.
@@ -76,8 +85,11 @@ def affine(layer: nn.Module, path: str) -> tuple[Tensor, Tensor]:
             raise NotAffineError(f"{path}: {adapter.name} is not affine, so no plain weight equals it; detach it first")
         if adapter.dial.value.ndim:
             raise StateError(f"{path}: the coefficient has one value per row; leave that `scale` before merging")
-    f = twin(layer)
-    i, o = shape(layer)
+    with torch.device("cpu"):
+        return _probed(twin(layer), *shape(layer), path)
+
+
+def _probed(f: nn.Linear, i: int, o: int, path: str) -> tuple[Tensor, Tensor]:
     zero = f(torch.zeros(1, i, dtype=torch.float64))
     columns = torch.empty(i, o, dtype=torch.float64)
     for start in range(0, i, CHUNK):
@@ -108,17 +120,22 @@ def _refuse_unmergeable(root: nn.Module, layers: dict[str, nn.Module]) -> None:
         for tensor in (layer.weight, bias(layer) if layer.bias is None else layer.bias):
             if tensor is not None and len(names := owners.get(id(tensor), [])) > 1:
                 raise TargetError(f"{path}: its weight is shared ({', '.join(names)}), so merging would change both")
+            if "parametrizations" in layer._modules:
+                raise TargetError(f"{path}: its weight is computed (parametrized); remove the parametrization first")
             if tensor is not None and is_sharded(tensor):  # type: ignore[arg-type]
                 raise TargetError(f"{path}: its weight is sharded; gather the model before merging")
 
 
 @dataclass(frozen=True)
 class _Fold:
-    """One layer's merged weights: W in the layer's own layout and the dtype it is to have, b or None."""
+    """One layer's merged weights: W in the layer's own layout and the dtype it is to have, b or None; and what the
+    adapted layer makes y of random x, to compare with."""
 
     W: Tensor
     b: Tensor | None
     rounding: float
+    x: Tensor
+    y: Tensor
 
 
 def _fold(root: nn.Module, state: State) -> dict[str, _Fold]:
@@ -128,12 +145,18 @@ def _fold(root: nn.Module, state: State) -> dict[str, _Fold]:
     for path, layer in layers.items():
         exact, b = affine(layer, path)
         dtype = merged_dtype(root, layer)
+        x = _probe(layer, dtype)
+        if not _twin_agrees(layer, x):
+            raise TargetError(
+                f"{path}: a {type(layer).__name__}, which computes something else than W x + b; detach it"
+            )
         W = exact.to(dtype)
         if not (torch.isfinite(W).all() and torch.isfinite(b.to(dtype)).all()):
             raise StateError(f"{path}: its merged weights are not finite in {dtype}; look at the adapter's tensors")
         rounding = _relative(W.double(), exact)
         W = W.T if is_conv1d(layer) else W
-        folds[path] = _Fold(W.contiguous(), b.to(dtype) if bias(layer) is not None or b.any() else None, rounding)
+        b_or_none = b.to(dtype) if bias(layer) is not None or b.any() else None
+        folds[path] = _Fold(W.contiguous(), b_or_none, rounding, x, _eval_output(layer, x))
     return folds
 
 
@@ -183,13 +206,15 @@ def merge(model: nn.Module, keep: bool = True) -> dict[str, Merged]:
     root, state = root_of(model)
     refuse_merged(state, "merge")
     report: dict[str, Merged] = {}
-    for path, fold in _fold(root, state).items():
-        layer = root.get_submodule(path)
-        x = _probe(layer, fold.W.dtype)
-        adapted = _eval_output(layer, x)
-        state.merged[path] = _write(root, path, layer, fold)
-        merged = _eval_output(root.get_submodule(path), x)
-        report[path] = Merged(fold.rounding, _relative(merged.double(), adapted.double()))
+    folds = _fold(root, state)
+    try:
+        for path, fold in folds.items():
+            state.merged[path] = _write(root, path, root.get_submodule(path), fold)
+            merged = _eval_output(root.get_submodule(path), fold.x)
+            report[path] = Merged(fold.rounding, _relative(merged.double(), fold.y.double()))
+    finally:
+        if len(report) < len(folds):
+            _restore(root, state)
     hook_root(root, False)
     if not keep:
         for name in list(state.adapters):
@@ -210,6 +235,13 @@ def unmerge(model: nn.Module) -> None:
     root, state = root_of(model)
     if not state.merged:
         raise StateError("unmerge: nothing is merged (merge(keep=False) cannot be undone)")
+    _restore(root, state)
+    hook_root(root, True)
+    reset_compiler()
+
+
+def _restore(root: nn.Module, state: State) -> None:
+    """Put back what `_write` replaced."""
     for path, (layer, W, b) in state.merged.items():
         if W is None:
             root.set_submodule(path, layer)
@@ -221,8 +253,6 @@ def unmerge(model: nn.Module) -> None:
                 layer.bias.copy_(b)
         hook_layer(layer)
     state.merged = {}
-    hook_root(root, True)
-    reset_compiler()
 
 
 def _write(root: nn.Module, path: str, layer: nn.Module, fold: _Fold) -> tuple[nn.Module, Tensor | None, Tensor | None]:
@@ -248,7 +278,8 @@ def _write(root: nn.Module, path: str, layer: nn.Module, fold: _Fold) -> tuple[n
 
 
 def _probe(layer: nn.Module, dtype: torch.dtype) -> Tensor:
-    x = torch.randn(8, shape(layer)[0], generator=torch.Generator().manual_seed(0))
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(8, shape(layer)[0], generator=rng, dtype=torch.float32, device="cpu")
     return x.to(layer.weight.device, dtype)  # type: ignore[arg-type, union-attr]
 
 

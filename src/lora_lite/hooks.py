@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lite.adapter import Adapter, adapters_on, add_lowrank, cast
+from lora_lite.adapter import Adapter, adapters_on, cast
 from lora_lite.errors import TargetError
 from lora_lite.linear import shape
 from lora_lite.state import ROOT, Call, State, batch_shape, in_backward, spread_rows, tensors_in
@@ -39,11 +39,7 @@ def after_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     x = x.to(y.device)
     out = y
     for adapter in adapters_on(layer):
-        change = adapter(x, y, layer, _coefficient(adapter, x))
-        if isinstance(change, tuple):
-            out = add_lowrank(out, *change)
-        elif change is not None:
-            out = out + cast(change, out)
+        out = adapter(x, y, layer, _coefficient(adapter, x), out)
     return out
 
 

@@ -4,6 +4,7 @@ The state hangs on the root (the module given to `attach`) and is found by walki
 matter. It holds no module, only paths and tensors, so that `deepcopy` and pickling see plain data.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ class Dial:
 
     name: str
     state: "State"
-    value: Tensor = field(default_factory=lambda: torch.ones((), dtype=torch.float64))
+    value: Tensor = field(default_factory=lambda: torch.ones((), dtype=torch.float64, device="cpu"))
 
     def __post_init__(self) -> None:
         # What compiled code reads: `value`, but in a backward pass that of the call whose outputs it comes from.
@@ -93,11 +94,15 @@ def in_backward() -> bool:
 
 
 def find_root(model: nn.Module) -> tuple[nn.Module, State] | None:
-    """The root within `model` (itself, or below wrappers) and its state; None where nothing is attached."""
-    for module in model.modules():
-        if ROOT in module.__dict__:
-            return module, module.__dict__[ROOT]
-    return None
+    """The root within `model` (itself, or below wrappers) and its state; None where nothing is attached.
+
+    Raises `StateError` where several modules within it are roots, for then no one is meant.
+    """
+    roots = [(path, module) for path, module in model.named_modules() if ROOT in module.__dict__]
+    if len(roots) > 1:
+        paths = ", ".join(path or "the model itself" for path, _ in roots)
+        raise StateError(f"adapters hang on several modules of this {type(model).__name__} ({paths}): pass one of them")
+    return (roots[0][1], roots[0][1].__dict__[ROOT]) if roots else None
 
 
 def root_of(model: nn.Module, name: str | None = None) -> tuple[nn.Module, State]:
@@ -132,6 +137,23 @@ def adapters_of(root: nn.Module, name: str) -> dict[str, Adapter]:
     return found
 
 
+def trained_also(root: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """The base parameters that the adapter `name` trains as well, by name.
+
+    Raises:
+        StateError: one was replaced since attach by another of another shape (as resizing embeddings does).
+    """
+    state: State = root.__dict__[ROOT]
+    parameters = dict(root.named_parameters(remove_duplicate=False))
+    for key, original in state.adapters[name].originals.items():
+        if key not in parameters or parameters[key].shape != original.shape:
+            raise StateError(
+                f"adapter {name!r}: {key}, which it trains, was replaced since attach; put a parameter of shape "
+                f"{tuple(original.shape)} back (change a model's layers before attaching)"
+            )
+    return {key: parameters[key] for key in state.adapters[name].originals}
+
+
 def refuse_merged(state: State, doing: str) -> None:
     """Raise `StateError` while the adapters are merged."""
     if state.merged:
@@ -142,7 +164,8 @@ class scale:
     """Turn the coefficient: 0 is the base, 1 the trained adapter, -1 its opposite. Absolute, never cumulative.
 
     Takes effect at once; as a context manager (`with ll.scale(model, -1): ...`) it puts the former values back at the
-    end. Backward may run after the end: a checkpoint's recomputation uses the coefficient of its forward pass.
+    end, and can be entered again. Backward may run after the end: a checkpoint's recomputation uses the coefficient of
+    its forward pass. Contexts nest; threads share the coefficient, so give each thread a model of its own.
 
     Args:
         model: the module that adapters were attached to, or a wrapper of it.
@@ -159,16 +182,22 @@ class scale:
         values = c if isinstance(c, Mapping) else dict.fromkeys(state.adapters, c)
         if unknown := [name for name in values if name not in state.adapters]:
             raise CoefficientError(f"scale: no adapter named {unknown}; attached: {', '.join(state.adapters)}")
-        checked = {state.adapters[name].dial: _as_tensor(name, value) for name, value in values.items()}
-        self._former = {dial: dial.value for dial in checked}
-        self._set(checked)
+        self._values = {state.adapters[name].dial: _as_tensor(name, value) for name, value in values.items()}
+        self._turn()
         state.scaled = True
 
     def __enter__(self) -> None:
-        return None
+        if not self._on:  # entered again after it ended
+            self._turn()
 
     def __exit__(self, *error: object) -> None:
         self._set(self._former)
+        self._on = False
+
+    def _turn(self) -> None:
+        self._former = {dial: dial.value for dial in self._values}
+        self._set(self._values)
+        self._on = True
 
     @staticmethod
     def _set(values: Mapping[Dial, Tensor]) -> None:
@@ -186,8 +215,10 @@ def _as_tensor(name: str, c: float | Tensor) -> Tensor:
     if not isinstance(c, Tensor):
         if isinstance(c, bool) or not isinstance(c, int | float) or not math.isfinite(c):
             raise CoefficientError(f"scale: the coefficient of {name!r} is {c!r}; give a finite number or tensor")
-        return torch.tensor(float(c), dtype=torch.float64)
-    if c.ndim > 1 or not (c.is_floating_point() or c.dtype in (torch.int32, torch.int64)):
+        with torch.inference_mode(False):  # backward may need it later
+            return torch.tensor(float(c), dtype=torch.float64, device="cpu")
+    real = c.is_floating_point() or c.dtype in (torch.int32, torch.int64)
+    if c.ndim > 1 or c.numel() == 0 or not real:
         raise CoefficientError(
             f"scale: the coefficient of {name!r} is a {c.dtype} tensor of shape {tuple(c.shape)}; give a 0-dim tensor, "
             "or one of shape (B,) with a value per batch row"
@@ -196,7 +227,8 @@ def _as_tensor(name: str, c: float | Tensor) -> Tensor:
         raise CoefficientError(f"scale: the coefficient of {name!r} is not finite: {c}")
     wide = torch.float32 if c.device.type == "mps" else torch.float64
     # A copy: what the caller writes to its tensor later turns nothing.
-    return c.to("cpu" if c.ndim == 0 else c.device, wide, copy=True)
+    with torch.inference_mode(False):
+        return c.to("cpu" if c.ndim == 0 else c.device, wide, copy=True)
 
 
 def spread_rows(c: Tensor, x: Tensor, call: Call | None) -> Tensor:
@@ -231,7 +263,7 @@ def batch_shape(tensors: list[Tensor]) -> tuple[int | None, frozenset[int]]:
 
 
 def tensors_in(value: Any, found: list[Tensor] | None = None) -> list[Tensor]:
-    """The tensors in nested tuples, lists and mappings (a model's inputs or outputs)."""
+    """The tensors in nested tuples, lists, mappings and dataclasses (a model's inputs or outputs)."""
     found = [] if found is None else found
     if isinstance(value, Tensor):
         found.append(value)
@@ -241,4 +273,7 @@ def tensors_in(value: Any, found: list[Tensor] | None = None) -> list[Tensor]:
     elif isinstance(value, list | tuple):
         for item in value:
             tensors_in(item, found)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for each in dataclasses.fields(value):
+            tensors_in(getattr(value, each.name), found)
     return found

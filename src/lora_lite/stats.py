@@ -95,7 +95,7 @@ class Collector:
         self.leader: dict[str, str] = {}
         self.masks: list[Tensor] = []
         self.unmasked: set[str] = set()
-        self._inputs: list[tuple[Tensor, str]] = []
+        self._inputs: list[tuple[Tensor, int, str]] = []  # with its version: it may be written to
 
     def start_batch(self, batch: Any) -> None:
         """Note the padding masks of the next batch."""
@@ -106,7 +106,7 @@ class Collector:
     def see(self, path: str, x: Tensor) -> None:
         """Take in one layer's input (..., i)."""
         # Holding the tensor keeps its identity from being reused within the batch; only the last few are held.
-        shared = next((first for seen, first in self._inputs if seen is x), None)
+        shared = next((first for seen, at, first in self._inputs if seen is x and at == x._version), None)
         leader = self.leader.setdefault(path, shared or path)
         if leader != path and shared != leader:
             raise CalibrationError(
@@ -114,7 +114,7 @@ class Collector:
                 "the model takes the same way each time"
             )
         if leader == path:
-            self._inputs = [*self._inputs[-3:], (x, path)]
+            self._inputs = [*self._inputs[-3:], (x, x._version, path)]
             self._add(path, self._tokens(path, x))
 
     def _add(self, path: str, x: Tensor) -> None:

@@ -55,7 +55,7 @@ class HRA(Adapter):
 
     def before(self, x: Tensor, layer: nn.Module, c: Tensor) -> Tensor:
         with full_precision(x.device):
-            u = F.normalize(self.U, dim=1)
+            u = F.normalize(self.U.to(torch.promote_types(self.U.dtype, torch.float32)), dim=1)
             half = 0.5 * torch.eye(self.cfg.r, dtype=u.dtype, device=u.device)
             T = torch.linalg.solve_triangular((u @ u.T).triu(1) + half, 2 * half, upper=True)
         h = x @ cast(u, x).T
