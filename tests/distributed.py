@@ -1,4 +1,4 @@
-"""A program, run by test_distributed.py as two processes over gloo: `torchrun --standalone --nproc-per-node=2 distributed.py FOLDER`."""
+"""A program that test_distributed.py runs as two processes over gloo: `torchrun ... distributed.py FOLDER`."""
 
 import sys
 from pathlib import Path
