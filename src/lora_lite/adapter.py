@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from lora_lite.config import AdapterConfig
 
-# What `change` returns: the change itself, the factors (h, B) of a low-rank one, added as h B^T, or None: nothing.
-Change = Float[Tensor, "*b o"] | tuple[Float[Tensor, "*b r"], Float[Tensor, "o r"]] | None
+# Shapes, checked by the tests: a layer's input and output, and the factors (h, B) of a low-rank change h B^T.
+Input = Float[Tensor, "*b i"]
+Output = Float[Tensor, "*b o"]
+LowRank = tuple[Float[Tensor, "*b r"], Float[Tensor, "o r"]]
 
 
 def cast(tensor: Tensor, like: Tensor) -> Tensor:
@@ -118,8 +120,12 @@ class Adapter(nn.Module):
     def derive(self, layer: nn.Module) -> None:
         """Rebuild the `derived` tensors from the stored ones and the layer, by at most one matmul."""
 
-    def change(self, x: Tensor, y: Tensor, layer: nn.Module, c: Tensor) -> Any:
-        """The change of the layer's output y, for its input x, at coefficient c (see `Change`)."""
+    def change(self, x: Input, y: Output, layer: nn.Module, c: Tensor) -> Output | LowRank | None:
+        """The change of the layer's output y, for its input x, at coefficient c.
+
+        The change itself, or the factors (h, B) of a low-rank one, which are added as h B^T in one pass; None: nothing.
+        c is 0-dim, or has one value a row in a shape that broadcasts over x.
+        """
         return None
 
     def forward(self, x: Tensor, y: Tensor | None, layer: nn.Module, c: Tensor, out: Tensor | None = None) -> Tensor:

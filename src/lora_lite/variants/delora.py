@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lite.adapter import Adapter, cast, kaiming_uniform_, register, scaled
+from lora_lite.adapter import Adapter, Input, LowRank, Output, cast, kaiming_uniform_, register, scaled
 from lora_lite.config import AdapterConfig, is_number, require
 from lora_lite.linear import dense
 
@@ -66,7 +66,7 @@ class DeLoRA(Adapter):
         self.B0.copy_(kaiming_uniform_(self.B, rng))
         self.w.copy_(dense(layer, torch.float64).norm(dim=0))
 
-    def change(self, x: Tensor, y: Tensor, layer: nn.Module, c: Tensor) -> tuple[Tensor, Tensor]:
+    def change(self, x: Input, y: Output, layer: nn.Module, c: Tensor) -> LowRank:
         a, a0 = (A * self.w / A.norm(dim=1, keepdim=True).clamp(min=SMALLEST_NORM) for A in (self.A, self.A0))
         b, b0 = (
             B * (lam / self.cfg.r / B.norm(dim=0).clamp(min=SMALLEST_NORM))

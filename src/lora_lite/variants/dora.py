@@ -13,7 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lite.adapter import Adapter, add_lowrank, cast, dropout, full_precision, kaiming_uniform_, register, scaled
+from lora_lite.adapter import (
+    Adapter,
+    Input,
+    Output,
+    add_lowrank,
+    cast,
+    dropout,
+    full_precision,
+    kaiming_uniform_,
+    register,
+    scaled,
+)
 from lora_lite.linear import bias, dense, is_quantized
 from lora_lite.variants.lora import LoRAConfig
 
@@ -62,7 +73,7 @@ class DoRA(Adapter):
             n = (self.W_norm2 + 2 * s * cross + s**2 * square).clamp(min=0).sqrt()
             return torch.where(n > 0, n, 1.0)  # m / n stays defined for a row of zeros, where m is 0 too
 
-    def change(self, x: Tensor, y: Tensor, layer: nn.Module, c: Tensor) -> Tensor:
+    def change(self, x: Input, y: Output, layer: nn.Module, c: Tensor) -> Output:
         gain = self.m / self.norm(layer)
         b = bias(layer)
         linear = y if b is None else y - cast(b, y)

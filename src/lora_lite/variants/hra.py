@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_lite.adapter import Adapter, add_lowrank, cast, full_precision, kaiming_uniform_, register, scaled
+from lora_lite.adapter import Adapter, Input, add_lowrank, cast, full_precision, kaiming_uniform_, register, scaled
 from lora_lite.config import AdapterConfig, require
 
 
@@ -53,7 +53,7 @@ class HRA(Adapter):
         half = kaiming_uniform_(self.U[: self.cfg.r // 2].clone(), rng)
         self.U.copy_(half.repeat_interleave(2, dim=0))
 
-    def before(self, x: Tensor, layer: nn.Module, c: Tensor) -> Tensor:
+    def before(self, x: Input, layer: nn.Module, c: Tensor) -> Input:
         with full_precision(x.device):
             u = F.normalize(self.U.to(torch.promote_types(self.U.dtype, torch.float32)), dim=1)
             half = 0.5 * torch.eye(self.cfg.r, dtype=u.dtype, device=u.device)

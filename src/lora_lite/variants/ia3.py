@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lora_lite.adapter import Adapter, cast, register, scaled
+from lora_lite.adapter import Adapter, Input, Output, cast, register, scaled
 from lora_lite.config import AdapterConfig
 
 
@@ -36,5 +36,5 @@ class IA3(Adapter):
         super().__init__(cfg)
         self.l = self.parameter(o, fill=1.0)
 
-    def change(self, x: Tensor, y: Tensor, layer: nn.Module, c: Tensor) -> Tensor:
+    def change(self, x: Input, y: Output, layer: nn.Module, c: Tensor) -> Output:
         return y * cast(scaled(self.l - 1, c), y)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lora_lite.adapter import Adapter, cast, register, scaled
+from lora_lite.adapter import Adapter, Input, cast, register, scaled
 from lora_lite.config import AdapterConfig
 
 
@@ -37,5 +37,5 @@ class IA3FF(Adapter):
         super().__init__(cfg)
         self.l = self.parameter(i, fill=1.0)
 
-    def before(self, x: Tensor, layer: nn.Module, c: Tensor) -> Tensor:
+    def before(self, x: Input, layer: nn.Module, c: Tensor) -> Input:
         return x + x * cast(scaled(self.l - 1, c), x)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lite.adapter import Adapter, cast, dropout, kaiming_uniform_, register, scaled
+from lora_lite.adapter import Adapter, Input, LowRank, Output, cast, dropout, kaiming_uniform_, register, scaled
 from lora_lite.config import AdapterConfig, is_number, require
 
 
@@ -58,6 +58,6 @@ class LoRA(Adapter):
     def init(self, layer: nn.Module, stats: Any, rng: torch.Generator) -> None:
         kaiming_uniform_(self.A, rng)
 
-    def change(self, x: Tensor, y: Tensor, layer: nn.Module, c: Tensor) -> tuple[Tensor, Tensor]:
+    def change(self, x: Input, y: Output, layer: nn.Module, c: Tensor) -> LowRank:
         h = dropout(x, self.cfg.dropout, self.training) @ cast(self.A, x).T
         return scaled(h, c * self.cfg.scaling), self.B

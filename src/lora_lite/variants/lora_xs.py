@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lite.adapter import Adapter, cast, register, scaled
+from lora_lite.adapter import Adapter, Input, LowRank, Output, cast, register, scaled
 from lora_lite.basis import singular_directions
 from lora_lite.config import AdapterConfig, is_number, require
 from lora_lite.linear import dense
@@ -69,6 +69,6 @@ class LoRAXS(Adapter):
     def identity_bound(cls, cfg: LoRAXSConfig, dtype: torch.dtype = torch.float32) -> float:
         return 10 * cfg.init_std * cfg.alpha / cfg.r
 
-    def change(self, x: Tensor, y: Tensor, layer: nn.Module, c: Tensor) -> tuple[Tensor, Tensor]:
+    def change(self, x: Input, y: Output, layer: nn.Module, c: Tensor) -> LowRank:
         h = x @ cast(self.P, x).T @ cast(self.R, x).T
         return scaled(h, c * self.cfg.alpha / self.cfg.r), self.U

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lite.adapter import Adapter, cast, register, scaled
+from lora_lite.adapter import Adapter, Input, LowRank, Output, cast, register, scaled
 from lora_lite.basis import singular_directions
 from lora_lite.config import AdapterConfig, require
 from lora_lite.linear import dense
@@ -65,6 +65,6 @@ class PiSSA(Adapter):
         for B in (self.B, self.B0):
             B.copy_(U * root)
 
-    def change(self, x: Tensor, y: Tensor, layer: nn.Module, c: Tensor) -> tuple[Tensor, Tensor]:
+    def change(self, x: Input, y: Output, layer: nn.Module, c: Tensor) -> LowRank:
         h = x @ cast(torch.cat([self.A, self.A - self.A0]), x).T
         return scaled(h, c * self.cfg.scaling), torch.cat([self.B - self.B0, self.B0], dim=1)

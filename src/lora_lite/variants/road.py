@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lora_lite.adapter import Adapter, cast, register, scaled
+from lora_lite.adapter import Adapter, Input, Output, cast, register, scaled
 from lora_lite.config import AdapterConfig, is_int, require
 
 VARIANTS = {"road_1": 1, "road_2": 2, "road_4": 4}
@@ -62,7 +62,7 @@ class Road(Adapter):
     def tiny(cls) -> RoadConfig:
         return RoadConfig(group_size=8)
 
-    def change(self, x: Tensor, y: Tensor, layer: nn.Module, c: Tensor) -> Tensor:
+    def change(self, x: Input, y: Output, layer: nn.Module, c: Tensor) -> Output:
         # (groups, 2, half): the two rows of each pair's cosine and sine terms; road_4 has them in this order, road_1
         # and road_2 use the same values for both terms.
         cos_theta, sin_theta = self._terms(self.theta)
