@@ -36,14 +36,14 @@ class Preset:
 
 
 # Without the generator's fixed preamble a prompt takes half the tokens.
-REVERSAL = r"word_sequence_reversal:drop=^.*after the comma\.\s*,min_words=3,max_words=6"
+REVERSAL = r"word_sequence_reversal:drop=^.*after the comma\.\s*,min_words=3,max_words=5"
 
 PRESETS = {
     "none": Preset("the defaults of every setting"),
     "demo": Preset(
         "the embedded model learns to reverse lists of words, in a few minutes on two CPU cores",
-        run=RunConfig(task=REVERSAL, train_examples=320, out=Path("runs/demo")),
-        training=TrainConfig(steps=40, batch_size=8, final_lr=0.05, save_every=20),
+        run=RunConfig(task=REVERSAL, train_examples=256, test_examples=64, out=Path("runs/demo")),
+        training=TrainConfig(steps=32, batch_size=8, final_lr=0.05, save_every=16),
         methods={"lora": {"r": 16, "alpha": 32.0}},
         rates={"lora": 2e-3},
     ),
