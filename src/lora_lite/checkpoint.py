@@ -81,7 +81,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
     header["checksum"] = checksum(header, tensors)
     # One metadata key: safetensors does not keep the order of several, and equal adapters should give equal files.
     write_atomically(where, to_bytes(tensors, {METADATA_KEY: json.dumps(header)}))
-    return where
+    return Path(path)
 
 
 def load(
