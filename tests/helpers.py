@@ -51,9 +51,19 @@ def tiny(method: str, **changes: Any) -> Any:
 
 
 def calibration(cfg: Any, batches: Iterable[Any]) -> Iterable[Any] | None:
-    """The batches, if the config's method needs any."""
+    """The batches, if the config's method needs any; as one side of a contrast, if it needs that."""
     cls = next(cls for cls in ll.variants().values() if cls.Config is type(cfg))
-    return batches if cls.needs(cfg) else None
+    needs = cls.needs(cfg)
+    if any(name.startswith("contrast") for name in needs):
+        return ll.Contrast(list(batches), [other(batch) for batch in batches])
+    return batches if needs else None
+
+
+def other(batch: Any) -> Any:
+    """A batch of the same shape with other contents."""
+    if isinstance(batch, Tensor):
+        return batch.roll(1, -1) * (1 if batch.is_floating_point() else 0) + (0 if batch.is_floating_point() else 5)
+    return {key: other(value) if key == "input_ids" else value for key, value in batch.items()}
 
 
 def perturb(adapters: Iterable[Adapter], size: float = 0.05, seed: int = 2) -> None:

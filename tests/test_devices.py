@@ -87,7 +87,8 @@ def test_adapters_go_where_the_layer_computes(method: str) -> None:
     if ll.variants()[method].needs(cfg):
         return  # its calibration would have to run on that device
     add_hook_to_module(model.layer, AlignDevicesHook(execution_device="meta"))
-    model.layer.weight = torch.nn.Parameter(torch.randn(24, 16))  # the hook has moved it: back to the CPU
+    model.layer.weight = torch.nn.Parameter(torch.randn(24, 16))  # the hook has moved them: back to the CPU
+    model.layer.bias = torch.nn.Parameter(torch.randn(24))
     att = ll.attach(model, cfg)
     tensors = [*att.targets["layer"].parameters(), *att.targets["layer"].buffers()]
     assert tensors and all(tensor.is_meta for tensor in tensors)

@@ -14,6 +14,8 @@ from lora_lite.attachment import Attachment, attachment, base_state_dict
 from lora_lite.check import CheckReport, check
 from lora_lite.checkpoint import load, save
 from lora_lite.config import AdapterConfig
+from lora_lite.contrast import Contrast
+from lora_lite.cost import AttachCost
 from lora_lite.dense import Merged, merge, merged_weights, unmerge
 from lora_lite.errors import (
     BaseMismatchError,
@@ -27,6 +29,7 @@ from lora_lite.errors import (
     StateError,
     TargetError,
 )
+from lora_lite.frozen_basis import Basis, register_basis
 from lora_lite.optim import param_groups
 from lora_lite.state import disabled, scale
 
@@ -35,13 +38,16 @@ __version__ = _version("lora-lite")
 __all__ = [
     "Adapter",
     "AdapterConfig",
+    "AttachCost",
     "Attachment",
+    "Basis",
     "BaseMismatchError",
     "CalibrationError",
     "CheckError",
     "CheckReport",
     "CheckpointError",
     "CoefficientError",
+    "Contrast",
     "LoraLiteError",
     "LoraLiteWarning",
     "Merged",
@@ -59,6 +65,7 @@ __all__ = [
     "merged_weights",
     "param_groups",
     "register",
+    "register_basis",
     "save",
     "scale",
     "unmerge",

@@ -23,10 +23,15 @@ def cast(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.to(like.dtype)
 
 
+def wide(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    """`tensor` in fp32, or in fp64 if `like` (by default itself) is."""
+    like = tensor if like is None else like
+    return tensor.to(torch.promote_types(like.dtype, torch.float32))
+
+
 def scaled(h: Tensor, c: Tensor) -> Tensor:
     """h * c, multiplied in fp32 (fp64 for fp64) and rounded once to h's dtype: all forms of c give the same bits."""
-    wide = torch.promote_types(h.dtype, torch.float32)
-    return (h.to(wide) * c.to(wide)).to(h.dtype)
+    return (wide(h) * wide(c, h)).to(h.dtype)
 
 
 def add_lowrank(y: Float[Tensor, "*b o"], h: Float[Tensor, "*b r"], B: Float[Tensor, "o r"]) -> Float[Tensor, "*b o"]:
@@ -63,11 +68,15 @@ class Adapter(nn.Module):
     title: ClassVar[str]
     arxiv: ClassVar[str]
     affine: ClassVar[bool]
+    linear_in_c: ClassVar[bool]
     trained: ClassVar[bool]
     lr: ClassVar[float]
     lr_range: ClassVar[tuple[float, float]]
     decay: ClassVar[tuple[str, ...]]
     lora_plus: ClassVar[tuple[str, ...]]
+
+    rebuildable: ClassVar[tuple[str, ...]] = ()
+    """Frozen tensors that are singular directions of W, so that a file can leave them out (`save(..., basis=False)`)."""
 
     before: Callable[..., Tensor] | None = None
     """`before(x (*b, i), layer, c) -> x' (*b, i)`: what the layer reads instead of x. None: x itself."""
@@ -166,9 +175,10 @@ def register(
     *,
     title: str,
     arxiv: str,
-    lr: float,
-    lr_range: tuple[float, float],
+    lr: float = 0.0,
+    lr_range: tuple[float, float] = (0.0, 0.0),
     affine: bool = True,
+    linear_in_c: bool = True,
     trained: bool = True,
     decay: tuple[str, ...] = (),
     lora_plus: tuple[str, ...] = (),
@@ -179,8 +189,9 @@ def register(
         name: registry name, used in files and on the command line.
         Config: its config class; one method each.
         title, arxiv: the paper.
-        lr, lr_range: default learning rate, and the range worth searching.
+        lr, lr_range: default learning rate, and the range worth searching; a method that is not trained has none.
         affine: whether the adapted layer is an affine function of its input, so that it merges.
+        linear_in_c: whether c multiplies the whole change.
         trained: False for a method whose tensors are computed, not trained.
         decay: tensors whose zero means "no change", so that weight decay makes sense.
         lora_plus: tensors that LoRA+ trains at a larger learning rate.
@@ -194,8 +205,8 @@ def register(
             if not same and (other.name == name or other.Config is Config):
                 raise ValueError(f"register({name!r}, {Config.__name__}): already taken by {other.__qualname__}")
         facts = {
-            "title": title, "arxiv": arxiv, "affine": affine, "trained": trained, "lr": lr, "lr_range": lr_range,
-            "decay": decay, "lora_plus": lora_plus, "name": name, "Config": Config,
+            "title": title, "arxiv": arxiv, "affine": affine, "linear_in_c": linear_in_c, "trained": trained, "lr": lr,
+            "lr_range": lr_range, "decay": decay, "lora_plus": lora_plus, "name": name, "Config": Config,
         }  # fmt: skip
         for fact, value in facts.items():
             setattr(cls, fact, value)

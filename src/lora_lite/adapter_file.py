@@ -17,6 +17,7 @@ from torch import Tensor
 from lora_lite.adapter import Adapter, variant_of, variants
 from lora_lite.config import AdapterConfig, is_int
 from lora_lite.errors import CheckpointError
+from lora_lite.rebuild import PROBES
 
 FORMAT = 1
 METADATA_KEY = "lora_lite"
@@ -32,6 +33,7 @@ class File:
     configs: list[AdapterConfig]
     targets: dict[str, tuple[int, AdapterConfig, tuple[int, int]]]
     also: list[str]
+    basis: bool
     tensors: dict[str, Tensor]
 
     def error(self, message: str) -> CheckpointError:
@@ -67,7 +69,7 @@ def _header(where: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
         header = json.loads((metadata or {})[METADATA_KEY])
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where}: its metadata is no JSON ({error}); copy the file again") from error
-    expected = {"format", "version", "name", "configs", "targets", "train_also", "checksum"}
+    expected = {"format", "version", "name", "configs", "targets", "train_also", "basis", "checksum"}
     if not isinstance(header, dict) or set(header) != expected:
         raise CheckpointError(f"{where}: its metadata must have just the keys {sorted(expected)}; copy the file again")
     if header["format"] != FORMAT:
@@ -90,13 +92,14 @@ def _parse(where: Path, header: dict[str, Any]) -> File:
             own = type(shared).from_dict({**shared.to_dict(), **entry["changes"]}) if entry["changes"] else shared
             targets[str(path)] = (index, own, (i, o))
         also = [str(key) for key in header["train_also"]]
+        basis = bool(header["basis"])
     except KeyError as error:
         raise CheckpointError(
             f"{where}: unknown method or missing metadata {error}; methods here: {', '.join(known)}"
         ) from error
     except (TypeError, ValueError, AttributeError, IndexError) as error:
         raise CheckpointError(f"{where}: its metadata is not valid: {error}") from error
-    return File(where, configs, targets, also, {})
+    return File(where, configs, targets, also, basis, {})
 
 
 def _check_shapes(file: File, slices: Mapping[str, Any]) -> None:
@@ -106,8 +109,13 @@ def _check_shapes(file: File, slices: Mapping[str, Any]) -> None:
     }
     for path, (_, cfg, (i, o)) in file.targets.items():
         expected[f"{path}.sketch"] = ([min(o, SKETCH_ROWS)], torch.float32)
-        for key, value in empty_adapter(file, path, cfg, i, o).state_dict().items():
-            expected[f"{path}.lora.{key}"] = (list(value.shape), value.dtype)
+        adapter = empty_adapter(file, path, cfg, i, o)
+        for key, value in adapter.state_dict().items():
+            if key in adapter.rebuildable and not file.basis:
+                expected[f"{path}.lora.{key}.index"] = ([value.shape[1]], torch.float32)
+                expected[f"{path}.lora.{key}.sketch"] = ([PROBES, value.shape[1]], torch.float32)
+            else:
+                expected[f"{path}.lora.{key}"] = (list(value.shape), value.dtype)
     if missing := sorted(set(expected) - set(slices)):
         raise file.error(f"misses {len(missing)} tensors, such as {missing[0]}")
     if unexpected := sorted(set(slices) - set(expected)):

@@ -2,20 +2,23 @@
 
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from lora_lite.adapter import Adapter, adapters_on, variant_of
 from lora_lite.attachment import Attachment, attachment, is_adapters_key
 from lora_lite.config import AdapterConfig
+from lora_lite.cost import AttachCost, peak_memory_mb
 from lora_lite.errors import CalibrationError, LoraLiteWarning, StateError, TargetError
 from lora_lite.hooks import hook_layer, hook_root
 from lora_lite.linear import execution_device, is_sharded, shape
 from lora_lite.state import ROOT, Attached, Dial, State, find_root, refuse_merged, root_of, trained_also
-from lora_lite.stats import Statistics, broadcast, calibrate, generator
+from lora_lite.calibration import broadcast, calibrate
+from lora_lite.stats import Statistics, generator
 from lora_lite.targets import near_misses, select, uncovered
 
 ADAPTER_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
@@ -53,19 +56,24 @@ def attach(
     also = find_train_also(model, targets, train_also)
     layers = {path: layer for path, (layer, _) in targets.items()}
     needs = {path: variant_of(configs[index]).needs(configs[index]) for path, (_, index) in targets.items()}
-    stats = calibrate(model, {path: layers[path] for path, need in needs.items() if need}, needs, calibration_data)
-    planned = _plan(configs, targets, stats)
-    built = {path: _build(planned[path], path, layers[path], stats.get(path)) for path in planned}
-    broadcast(built)
-    with torch.no_grad():
+    cost = AttachCost()
+    with cost("calibration"):
+        needy = {path: layers[path] for path, need in needs.items() if need}
+        stats, (cost.tokens, cost.statistics_bytes) = calibrate(model, needy, needs, calibration_data)
+    with cost("factorisation"):
+        planned = _plan(configs, targets, stats)
+        paths = tqdm(planned, desc="building", unit="layer", leave=False, delay=1)
+        built = {path: _build(planned[path], path, layers[path], stats.get(path)) for path in paths}
+        broadcast(built)
+    with cost("build"), torch.no_grad():
         for path, adapter in built.items():
             adapter.derive(layers[path])
+    cost.peak_memory_mb = peak_memory_mb(next(iter(layers.values())).weight.device)  # type: ignore[union-attr, arg-type]
     indices = {path: index for path, (_, index) in targets.items() if path in built}
     if missing := uncovered(model):
         _warn_uncovered(missing)
-    return commit(
-        model, configs, name, {path: (layers[path], adapter) for path, adapter in built.items()}, indices, also
-    )
+    pairs = {path: (layers[path], adapter) for path, adapter in built.items()}
+    return commit(model, configs, name, pairs, indices, also, cost)
 
 
 def _warn_uncovered(missing: dict[str, int]) -> None:
@@ -113,12 +121,13 @@ def select_all(model: nn.Module, configs: Sequence[AdapterConfig]) -> dict[str, 
     if not configs:
         raise ValueError("attach needs at least one config")
     targets: dict[str, tuple[nn.Module, int]] = {}
+    taken = taken_parameters(model)
     for index, cfg in enumerate(configs):
         variant_of(cfg)
         for path, layer in select(model, cfg).items():
             if path in targets:
                 raise TargetError(f"{path} is selected by configs {targets[path][1]} and {index}; make them disjoint")
-            check_layer(path, layer, model)
+            check_layer(path, layer, taken)
             targets[path] = (layer, index)
     for path in targets:
         parts = path.split(".")
@@ -131,20 +140,24 @@ def select_all(model: nn.Module, configs: Sequence[AdapterConfig]) -> dict[str, 
     return targets
 
 
-def check_layer(path: str, layer: nn.Module, model: nn.Module) -> None:
-    """Refuse a layer that cannot carry an adapter."""
+def taken_parameters(model: nn.Module) -> dict[int, tuple[str, str]]:
+    """The base parameters that adapters train (`train_also`), by identity: (adapter, parameter name)."""
+    found = find_root(model)
+    names = found[1].adapters if found else ()
+    return {id(p): (name, key) for name in names for key, p in trained_also(model, name).items()}
+
+
+def check_layer(path: str, layer: nn.Module, taken: Mapping[int, tuple[str, str]]) -> None:
+    """Refuse a layer that cannot carry an adapter; `taken` as `taken_parameters` gives it."""
     if layer.weight.is_meta:
         raise TargetError(
             f"{path}: its weight is on the meta device (offloaded, or never loaded); keep targets in memory, or leave "
             "this layer out with layers or exclude_names"
         )
-    own = {id(p) for p in layer.parameters(recurse=False)}
-    found = find_root(model)
-    for name in found[1].adapters if found else ():
-        if trained := [key for key, p in trained_also(model, name).items() if id(p) in own]:
-            raise TargetError(
-                f"{path}: adapter {name!r} trains {trained[0]} (train_also), so nothing can be built on it"
-            )
+    for parameter in layer.parameters(recurse=False):
+        if id(parameter) in taken:
+            name, key = taken[id(parameter)]
+            raise TargetError(f"{path}: adapter {name!r} trains {key} (train_also), so nothing can be built on it")
     store = layer._modules.get("lora", getattr(layer, "lora", None))
     if store is not None and not (isinstance(store, nn.ModuleDict) and len(adapters_on(layer)) == len(store)):
         raise TargetError(f"{path}: has an attribute 'lora' of its own; leave it out with exclude_names")
@@ -209,6 +222,7 @@ def commit(
     built: dict[str, tuple[nn.Module, Adapter]],
     indices: dict[str, int],
     also: dict[str, nn.Parameter],
+    cost: AttachCost | None = None,
 ) -> Attachment:
     """Hang finished adapters under their layers. Nothing here can fail, so that attach and load are all or nothing."""
     originals = {key: parameter.detach().to("cpu", copy=True) for key, parameter in also.items()}
@@ -231,7 +245,7 @@ def commit(
         layer.lora[name] = adapter  # type: ignore[operator, index]
         hook_layer(layer)
     hook_root(model, True)
-    state.adapters[name] = Attached(list(configs), dial, indices, originals)
+    state.adapters[name] = Attached(list(configs), dial, indices, originals, cost)
     reset_compiler()
     return attachment(model, name)
 

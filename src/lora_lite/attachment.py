@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_lite.adapter import Adapter
+from lora_lite.cost import AttachCost
 from lora_lite.state import adapters_of, root_of, trained_also
 from lora_lite.targets import uncovered
 
@@ -19,6 +20,7 @@ class Attachment:
         name: the adapter's name.
         targets: module path -> adapter module.
         also: names of the base parameters trained with it (`train_also`).
+        cost: what attaching cost; None where it was loaded.
     """
 
     name: str
@@ -26,6 +28,7 @@ class Attachment:
     also: dict[str, nn.Parameter]
     base_size: int
     uncovered: dict[str, int]
+    cost: AttachCost | None = None
 
     @property
     def num_trainable(self) -> int:
@@ -37,6 +40,12 @@ class Attachment:
     def num_frozen(self) -> int:
         """Number of values that the adapters store but do not train (a basis, a norm)."""
         return sum(tensor.numel() for adapter in self.targets.values() for tensor in stored_buffers(adapter).values())
+
+    @property
+    def megabytes(self) -> float:
+        """Size of its tensors in a file, trained and frozen (a basis may be most of it: `save(..., basis=False)`)."""
+        tensors = [value for adapter in self.targets.values() for value in adapter.state_dict().values()]
+        return sum(tensor.nbytes for tensor in [*tensors, *self.also.values()]) / 1e6
 
     def summary(self) -> str:
         """A table: a line for each method and shape of layer, then the totals."""
@@ -52,8 +61,10 @@ class Attachment:
         share = 100 * self.num_trainable / max(self.base_size, 1)
         lines.append(
             f"{self.name}: {self.num_trainable:,} trained ({share:.3g}% of the base's {self.base_size:,}), "
-            f"{self.num_frozen:,} stored frozen, {len(self.targets)} layers"
+            f"{self.num_frozen:,} stored frozen, {len(self.targets)} layers; {self.megabytes:.3g} MB in a file"
         )
+        if self.cost is not None:
+            lines.append(str(self.cost))
         if self.uncovered:
             part = 100 * sum(self.uncovered.values()) / max(self.base_size, 1)
             lines.append(f"out of reach of hooks: {part:.3g}% of the base ({', '.join(list(self.uncovered)[:3])}, ...)")
@@ -68,9 +79,10 @@ def stored_buffers(adapter: Adapter) -> dict[str, Tensor]:
 
 def attachment(model: nn.Module, name: str = "default") -> Attachment:
     """The `Attachment` of an adapter that is attached already. Raises `StateError` where there is none."""
-    root, _ = root_of(model, name)
+    root, state = root_of(model, name)
     size = sum(p.numel() for key, p in root.named_parameters() if not is_adapters_key(key, root))
-    return Attachment(name, adapters_of(root, name), trained_also(root, name), size, uncovered(root))
+    adapters, also = adapters_of(root, name), trained_also(root, name)
+    return Attachment(name, adapters, also, size, uncovered(root), state.adapters[name].cost)
 
 
 def is_adapters_key(key: str, model: nn.Module) -> bool:

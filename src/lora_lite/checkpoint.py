@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from lora_lite import rebuild
 from lora_lite.adapter import Adapter, variant_of
 from lora_lite.adapter_file import (
     FORMAT,
@@ -23,7 +24,7 @@ from lora_lite.adapter_file import (
     read,
     write_atomically,
 )
-from lora_lite.attach import check_layer, commit, find_train_also, refuse_unready
+from lora_lite.attach import check_layer, commit, find_train_also, refuse_unready, taken_parameters
 from lora_lite.attachment import Attachment, attachment
 from lora_lite.errors import BaseMismatchError, CheckpointError, StateError, TargetError
 from lora_lite.linear import dense, execution_device, is_linear, shape
@@ -35,7 +36,7 @@ from lora_lite.stats import generator
 SKETCH_COSINE = 0.8
 
 
-def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> Path:
+def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default", basis: bool = True) -> Path:
     """Write an adapter to one file: tensors (trained and frozen), `train_also` weights, configs, a sketch of the base.
 
     The file appears whole or not at all; an existing one is replaced. Missing folders are made.
@@ -44,11 +45,15 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
         model: the model.
         path: the file, by custom `....safetensors`.
         name: the adapter.
+        basis: False leaves out frozen bases that are singular directions of the base's weights (svd, wanda; most of the
+            file). `load` then rebuilds and verifies them, and refuses where it finds others: in another base, in another
+            dtype or quantisation, or where two singular values are too close to tell their directions apart.
     Returns:
         The path.
     Raises:
         StateError: no such adapter, a target that was replaced since attach, or merged.
-        CheckpointError: a tensor that is not finite, or a path that is a folder.
+        CheckpointError: a tensor that is not finite, a path that is a folder, or `basis=False` for a basis that the
+            weights do not tell.
     """
     root, state = root_of(model, name)
     refuse_merged(state, "save")
@@ -63,7 +68,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
         shared = attached.configs[attached.targets[target]].to_dict()
         changes = {key: value for key, value in adapter.cfg.to_dict().items() if value != shared[key]}
         targets[target] = {"config": attached.targets[target], "changes": changes, "shape": list(shape(layer))}
-        tensors |= {f"{target}.lora.{key}": value for key, value in adapter.state_dict().items()}
+        tensors |= {f"{target}.lora.{key}": value for key, value in _stored(adapter, layer, target, basis).items()}
         tensors[f"{target}.sketch"] = sketch(layer, target)
     tensors |= {f"also.{key}": parameter for key, parameter in trained_also(root, name).items()}
     tensors = {key: value.detach().to("cpu").contiguous().clone() for key, value in tensors.items()}
@@ -77,11 +82,25 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default") 
         "configs": configs,
         "targets": targets,
         "train_also": list(attached.originals),
+        "basis": basis,
     }
     header["checksum"] = checksum(header, tensors)
     # One metadata key: safetensors does not keep the order of several, and equal adapters should give equal files.
     write_atomically(where, to_bytes(tensors, {METADATA_KEY: json.dumps(header)}))
     return Path(path)
+
+
+def _stored(adapter: Adapter, layer: nn.Module, path: str, basis: bool) -> dict[str, Tensor]:
+    """What a file holds of an adapter: its state, or for a file without basis what `rebuild` needs instead of it."""
+    tensors = dict(adapter.state_dict())
+    for key in () if basis else adapter.rebuildable:
+        U = tensors.pop(key)
+        try:
+            tensors[f"{key}.index"] = rebuild.indices(dense(layer), U)
+        except ValueError as error:
+            raise CheckpointError(f"save(..., basis=False): {path}: {error}") from error
+        tensors[f"{key}.sketch"] = rebuild.sketch(U)
+    return tensors
 
 
 def load(
@@ -116,9 +135,11 @@ def load(
         refuse_unready(model, name)
     root = live[0] if live is not None else model
     file = read(Path(path))
-    layers = {target: _layer(root, file, target) for target in file.targets}
+    if not file.targets:
+        raise file.error("has no targets")
+    modules, owned = dict(root.named_modules()), taken_parameters(root)
+    layers = {target: _layer(modules.get(target), file, target, owned) for target in file.targets}
     built = {target: _build(file, target, layers[target]) for target in file.targets}
-    _check_keys(file, built)
     if base == "same":
         _check_base(file, layers)
     if taken:
@@ -174,28 +195,28 @@ def _overwrite(root: nn.Module, file: File, name: str, built: dict[str, Adapter]
     return attachment(root, name)
 
 
-def _layer(root: nn.Module, file: File, path: str) -> nn.Module:
-    layer = dict(root.named_modules()).get(path)
+def _layer(layer: nn.Module | None, file: File, path: str, taken: Mapping[int, tuple[str, str]]) -> nn.Module:
     if layer is None or not is_linear(layer):
         raise file.error(f"the model has no linear layer {path}; the file fits another architecture")
     if shape(layer) != file.targets[path][2]:
         raise file.error(
             f"{path} maps {shape(layer)} here, but {file.targets[path][2]} in the file: another architecture"
         )
-    check_layer(path, layer, root)
+    check_layer(path, layer, taken)
     return layer
 
 
 def _build(file: File, path: str, layer: nn.Module) -> Adapter:
     adapter = empty_adapter(file, path, file.targets[path][1], *shape(layer))
-    own = {key: file.tensors[f"{path}.lora.{key}"] for key in adapter.state_dict()}
+    own = {key: file.tensors.get(f"{path}.lora.{key}") for key in adapter.state_dict()}
+    for key in () if file.basis else adapter.rebuildable:
+        index, expected = (file.tensors[f"{path}.lora.{key}.{part}"] for part in ("index", "sketch"))
+        try:
+            own[key] = rebuild.rebuilt(dense(layer), index, expected).to(adapter.get_buffer(key).dtype)
+        except ValueError as error:
+            raise BaseMismatchError(f"{file.where}: {path}: {error}") from error
     adapter.load_state_dict(own, assign=True)
     return adapter.to(execution_device(layer))
-
-
-def _check_keys(file: File, built: Mapping[str, Adapter]) -> None:
-    if not built:
-        raise file.error("has no targets")
 
 
 def sketch(layer: nn.Module, path: str) -> Tensor:

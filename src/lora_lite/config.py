@@ -72,12 +72,18 @@ class AdapterConfig:
     d_model: int | None = None
     seed: int = 0
 
+    # Fields that may be None, with a meaning that the method's docstring gives.
+    optional: ClassVar[tuple[str, ...]] = ()
     # Fields that a method has no use for: hidden from the command line, and a value other than the default is refused.
     unused: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        require(is_int(self.r, 1), self, "r", "an integer >= 1")
-        require(is_number(self.alpha), self, "alpha", "a finite number")
+        for name, ok, allowed in (
+            ("r", is_int(self.r, 1), "an integer >= 1"),
+            ("alpha", is_number(self.alpha), "a finite number"),
+        ):
+            none = name in self.optional and getattr(self, name) is None
+            require(ok or none, self, name, f"{allowed}{', or None' if name in self.optional else ''}")
         require(self.dtype in DTYPES.values(), self, "dtype", f"one of {', '.join(map(str, DTYPES.values()))}")
         for field in ("target_names", "target_roles", "exclude_names"):
             _strings(self, field)

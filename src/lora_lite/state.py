@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lora_lite.adapter import Adapter
 from lora_lite.config import AdapterConfig
+from lora_lite.cost import AttachCost
 from lora_lite.errors import CoefficientError, StateError
 
 ROOT = "_lora_lite"
@@ -40,12 +41,14 @@ class Dial:
 
 @dataclass
 class Attached:
-    """One attached adapter: its configs, the config of each target, and what `train_also` was before."""
+    """One attached adapter: its configs, the config of each target, what `train_also` was before, and what attaching
+    cost (None where it was loaded)."""
 
     configs: list[AdapterConfig]
     dial: Dial
     targets: dict[str, int]
     originals: dict[str, Tensor] = field(default_factory=dict)
+    cost: AttachCost | None = None
 
 
 @dataclass

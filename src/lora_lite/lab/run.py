@@ -8,9 +8,7 @@ import json
 import os
 import platform
 import re
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +22,7 @@ from tqdm.auto import tqdm
 
 import lora_lite as ll
 from lora_lite.adapter import variant_of
+from lora_lite.cost import peak_memory_mb
 from lora_lite.lab.data import MAX_LENGTH, Encoded, collate, encode
 from lora_lite.lab.evaluate import Evaluation, evaluate
 from lora_lite.lab.models import EMBEDDED, load_model
@@ -104,14 +103,6 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     else:
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if fast else torch.float32
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory so far: of the GPU where there is one, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kilobytes / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def device_name(device: torch.device) -> str:

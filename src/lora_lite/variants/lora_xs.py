@@ -1,33 +1,35 @@
 """LoRA-XS. Balazy et al. 2024, arXiv:2405.17604.
 
-    y' = y + c (alpha/r) U R S V^T x        W ~ U S V^T truncated to rank r, frozen; R (r, r) = 0
+    y' = y + c (alpha/r) U R S V^T x = y + c (alpha/r) U R h        W ~ U S V^T of rank r, frozen; R (r, r) = 0
 
-Only R is trained. V^T is not stored: S V^T = U^T W is one matmul away. S stands on the input side of R, as in the
-authors' code.
+Only R is trained. S stands on the input side of R, as in the authors' code, so R reads h = U^T (y - b).
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lora_lite.adapter import Adapter, Input, LowRank, Output, cast, register, scaled
-from lora_lite.basis import singular_directions
-from lora_lite.config import AdapterConfig, is_number, require
-from lora_lite.linear import dense
+from lora_lite.adapter import cast, register, scaled
+from lora_lite.config import is_number, require
+from lora_lite.sspace import Coordinates, FrozenBasisAdapter, FrozenBasisConfig
 
 
 @dataclass(frozen=True)
-class LoRAXSConfig(AdapterConfig):
-    """LoRA-XS. r is at most the layer's rank min(i, o).
+class LoRAXSConfig(FrozenBasisConfig):
+    """LoRA-XS.
 
     Args:
+        alpha: numerator of the scaling alpha / r. None: r.
         init_std: standard deviation of R at first (the paper: 1e-5); 0 starts exactly at the base.
     """
 
-    r: int = 16
+    r: int | None = 16  # type: ignore[assignment]
+    alpha: float | None = None  # type: ignore[assignment]
     init_std: float = 0.0
+
+    optional = ("r", "alpha")
+    unused = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,32 +45,20 @@ class LoRAXSConfig(AdapterConfig):
     lr_range=(5e-4, 5e-3),
     decay=("R",),
 )
-class LoRAXS(Adapter):
-    """A small trained matrix between frozen singular directions. c multiplies the change."""
-
-    U: Tensor
-    P: Tensor
+class LoRAXS(FrozenBasisAdapter):
+    """A small trained matrix between frozen directions. c multiplies the change."""
 
     def __init__(self, cfg: LoRAXSConfig, i: int, o: int) -> None:
-        super().__init__(cfg)
-        if cfg.r > min(i, o):
-            raise ValueError(f"r = {cfg.r} is larger than the rank min(i, o) = {min(i, o)} of this layer")
-        self.R = self.parameter(cfg.r, cfg.r)
-        self.frozen("U", o, cfg.r)
-        self.derived("P")
+        super().__init__(cfg, i, o)
+        self.R = self.parameter(self.r, self.r)
 
-    def init(self, layer: nn.Module, stats: Any, rng: torch.Generator) -> None:
-        self.U.copy_(singular_directions(dense(layer), self.cfg.r)[0])
+    def init_core(self, rng: torch.Generator) -> None:
         self.R.normal_(0.0, self.cfg.init_std, generator=rng)
-
-    def derive(self, layer: nn.Module) -> None:
-        """P (r, i) = U^T W = S V^T."""
-        self.derived("P", self.U.T @ dense(layer, self.U.dtype))
 
     @classmethod
     def identity_bound(cls, cfg: LoRAXSConfig, dtype: torch.dtype = torch.float32) -> float:
-        return 10 * cfg.init_std * cfg.alpha / cfg.r
+        return 10 * cfg.init_std * (1.0 if cfg.alpha is None else cfg.alpha / (cfg.r or 1))
 
-    def change(self, x: Input, y: Output, layer: nn.Module, c: Tensor) -> LowRank:
-        h = x @ cast(self.P, x).T @ cast(self.R, x).T
-        return scaled(h, c * self.cfg.alpha / self.cfg.r), self.U
+    def delta(self, h: Coordinates, c: Tensor) -> Coordinates:
+        scaling = 1.0 if self.cfg.alpha is None else self.cfg.alpha / self.r
+        return scaled(h @ cast(self.R, h).T, c * scaling)

@@ -1,0 +1,62 @@
+"""AntiPaSTO's bounded gain. Clark 2026, arXiv:2601.07473.
+
+    y' = y + U diag(elu(c g)) U^T (y - b)        W ~ U S P with U (o, r), S (r) frozen; g (r) = 0
+
+Each direction's scale becomes S (1 + elu(c g)): it grows linearly, and shrinks towards 0 without crossing it.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lora_lite.adapter import register, wide
+from lora_lite.config import require
+from lora_lite.sspace import Coordinates, FrozenBasisAdapter, FrozenBasisConfig, projected, times
+
+
+@dataclass(frozen=True)
+class AntiPaSTOConfig(FrozenBasisConfig):
+    """A gain for each direction of a frozen basis.
+
+    Args:
+        suppress_only: hold g <= 0, so that directions can only be weakened (for c >= 0).
+    """
+
+    suppress_only: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(isinstance(self.suppress_only, bool), self, "suppress_only", "True or False")
+
+
+@register(
+    "antipasto",
+    AntiPaSTOConfig,
+    title="AntiPaSTO: Self-Supervised Honesty Steering via Anti-Parallel Representations",
+    arxiv="2601.07473",
+    lr=1e-2,
+    lr_range=(2e-3, 5e-2),
+    linear_in_c=False,
+    decay=("g",),
+)
+class AntiPaSTO(FrozenBasisAdapter):
+    """One bounded gain a direction. c multiplies g, within the elu: -c turns what grew into what shrinks."""
+
+    def __init__(self, cfg: AntiPaSTOConfig, i: int, o: int) -> None:
+        super().__init__(cfg, i, o)
+        self.g = self.parameter(self.gains())
+
+    def gains(self) -> int:
+        """How many directions have a gain."""
+        return self.r
+
+    def gain(self, c: Tensor) -> Tensor:
+        """elu(c g), in fp32: the relative change of each direction's scale."""
+        g = projected(self.g, -math.inf, 0.0) if self.cfg.suppress_only else self.g
+        return F.elu(wide(c, wide(g)) * wide(g))
+
+    def delta(self, h: Coordinates, c: Tensor) -> Coordinates:
+        return times(h, self.gain(c))
