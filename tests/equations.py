@@ -4,6 +4,7 @@ They are independent of the library's code: full singular value decompositions, 
 matrices, norms of formed products.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -84,14 +85,59 @@ def rotation(theta: Tensor, alpha: Tensor, group_size: int) -> Tensor:
     return torch.stack(rows)
 
 
+def projector(W: Tensor, t0: Tensors) -> Tensor:
+    """P with U S P the part of W that U spans. Which U, and with which S, test_sspace_truth.py proves."""
+    return torch.diag(1 / t0["S"]) @ t0["U"].T @ W
+
+
 def lora_xs(W: Tensor, b: Tensor, t: Tensors, t0: Tensors, cfg: Any) -> Weights:
-    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-    signs = (U[:, : cfg.r] * t0["U"]).sum(0).sign()  # of singular vectors, which no definition fixes
-    U, Vh = U[:, : cfg.r] * signs, Vh[: cfg.r] * signs.unsqueeze(1)
-    return W + cfg.alpha / cfg.r * U @ t["R"] @ torch.diag(S[: cfg.r]) @ Vh, b
+    scaling = 1 if cfg.alpha is None else cfg.alpha / cfg.r
+    return W + scaling * t0["U"] @ t["R"] @ torch.diag(t0["S"]) @ projector(W, t0), b
+
+
+def antipasto(W: Tensor, b: Tensor, t: Tensors, t0: Tensors, cfg: Any) -> Weights:
+    U, S, P = t0["U"], t0["S"], projector(W, t0)
+    gain = torch.where(t["g"] > 0, 1 + t["g"], torch.exp(t["g"]))
+    return W - U @ torch.diag(S) @ P + U @ torch.diag(S * gain) @ P, b
+
+
+def dplr(W: Tensor, b: Tensor, t: Tensors, t0: Tensors, cfg: Any) -> Weights:
+    return antipasto(W, b, t, t0, cfg)[0] + t0["U"] @ t["B"] @ t["A"] @ projector(W, t0), b
+
+
+def arrow(W: Tensor, b: Tensor, t: Tensors, t0: Tensors, cfg: Any) -> Weights:
+    gain = torch.where(t["g"] > 0, t["g"], torch.exp(t["g"]) - 1)
+    core = torch.block_diag(t["M"], torch.diag(gain))
+    return W + t0["U"] @ core @ t0["U"].T @ W, b
+
+
+def ablate(W: Tensor, b: Tensor, t: Tensors, t0: Tensors, cfg: Any) -> Weights:
+    Q = t0["U"] @ torch.linalg.qr(t["C"])[0]
+    return (torch.eye(len(W), dtype=W.dtype) - Q @ torch.diag(t["alpha"].clamp(0, 1)) @ Q.T) @ W, b
+
+
+def rot(W: Tensor, b: Tensor, t: Tensors, t0: Tensors, cfg: Any) -> Weights:
+    """Both sides: U R_u^T diag(S + d) R P in the place of U diag(S) P."""
+    U, S, P = t0["U"], t0["S"], projector(W, t0)
+    core = cayley(t["rot_T_u"], cfg).T @ torch.diag(S + t["d"]) @ cayley(t["rot_T"], cfg)
+    return W - U @ torch.diag(S) @ P + U @ core @ P, b
+
+
+def cayley(rot_T: Tensor, cfg: Any) -> Tensor:
+    """R, block by block, by an explicit inverse."""
+    bs, L = cfg.block_size, 2 * math.tan(cfg.max_rotation_angle / 2)
+    blocks = []
+    for entries in rot_T:
+        T = torch.zeros(bs, bs, dtype=rot_T.dtype)
+        T[tuple(torch.triu_indices(bs, bs, 1))] = entries
+        X = L / 2 * torch.tanh((T - T.T) / 2 / L)
+        blocks.append(torch.linalg.inv(torch.eye(bs, dtype=T.dtype) - X) @ (torch.eye(bs, dtype=T.dtype) + X))
+    return torch.block_diag(*blocks)
 
 
 EQUATIONS: dict[str, Callable[..., Weights]] = {
     "lora": lora, "pissa": pissa, "dora": dora, "delora": delora, "hra": hra, "eva": lora, "ia3": ia3,
-    "ia3_ff": ia3_ff, "road": road, "lora_xs": lora_xs,
+    "ia3_ff": ia3_ff, "road": road, "lora_xs": lora_xs, "antipasto": antipasto, "antipasto_corda": antipasto,
+    "antipasto_asvd": antipasto, "antipasto_dplr": dplr, "antipasto_arrow": arrow, "antipasto_ablate": ablate,
+    "antipasto_rot": rot,
 }  # fmt: skip

@@ -198,11 +198,11 @@ def test_layers_that_read_the_same_input_share_their_statistics() -> None:
     q, k, v, o = names = [f"model.layers.1.self_attn.{p}_proj" for p in "qkvo"]
     layers = {path: model.get_submodule(path) for path in names}
     need = frozenset({"input_moment", "input_covariance"})
-    shared = calibrate(model, layers, dict.fromkeys(layers, need), batches)
-    assert shared[q] is shared[k] is shared[v]
-    assert shared[o] is not shared[q]
+    shared, _ = calibrate(model, layers, dict.fromkeys(layers, need), batches)
+    assert shared[q].input is shared[k].input is shared[v].input
+    assert shared[o].input is not shared[q].input
     for path, layer in layers.items():
-        alone = calibrate(model, {path: layer}, {path: need}, batches)[path]
+        alone = calibrate(model, {path: layer}, {path: need}, batches)[0][path]
         assert alone.tokens == shared[path].tokens == 3 * (9 + 7 + 4 + 8)
         for name in need:
             assert torch.equal(alone.mean(name), shared[path].mean(name))

@@ -76,7 +76,7 @@ class Adapter(nn.Module):
     lora_plus: ClassVar[tuple[str, ...]]
 
     rebuildable: ClassVar[tuple[str, ...]] = ()
-    """Frozen tensors that are singular directions of W, so that a file can leave them out (`save(..., basis=False)`)."""
+    """Frozen tensors that are singular directions of W, so that `save(..., basis=False)` can leave them out."""
 
     before: Callable[..., Tensor] | None = None
     """`before(x (*b, i), layer, c) -> x' (*b, i)`: what the layer reads instead of x. None: x itself."""

@@ -11,13 +11,13 @@ from tqdm import tqdm
 
 from lora_lite.adapter import Adapter, adapters_on, variant_of
 from lora_lite.attachment import Attachment, attachment, is_adapters_key
+from lora_lite.calibration import broadcast, calibrate
 from lora_lite.config import AdapterConfig
 from lora_lite.cost import AttachCost, peak_memory_mb
 from lora_lite.errors import CalibrationError, LoraLiteWarning, StateError, TargetError
 from lora_lite.hooks import hook_layer, hook_root
 from lora_lite.linear import execution_device, is_sharded, shape
 from lora_lite.state import ROOT, Attached, Dial, State, find_root, refuse_merged, root_of, trained_also
-from lora_lite.calibration import broadcast, calibrate
 from lora_lite.stats import Statistics, generator
 from lora_lite.targets import near_misses, select, uncovered
 

@@ -41,7 +41,7 @@ def left_directions(W: Float[Tensor, "o i"], r: int) -> tuple[Float[Tensor, "o r
 def singular_directions(
     W: Float[Tensor, "o i"], r: int
 ) -> tuple[Float[Tensor, "o r"], Float[Tensor, " r"], Float[Tensor, "r i"]]:
-    """The r leading singular triples (U, S, V^T) of W, in fp64; as `left_directions`, with their right-hand partners."""
+    """The r leading singular triples (U, S, V^T) of W, in fp64; `left_directions` with right-hand partners."""
     W = _double(W)
     if W.shape[0] <= W.shape[1]:
         U, _ = leading_eigenvectors(W @ W.T, r)

@@ -6,7 +6,7 @@ up) share the sums of it.
 
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
@@ -105,8 +105,9 @@ class Collector:
     def _prompts(self, x: Tensor, rows: str) -> Tensor:
         """x as (prompts, features): each one's last token that is no padding, or the mean of those."""
         if x.ndim == 2:
-            length = x.shape[0] // max(self.rows or x.shape[0], 1)
-            x = x.reshape(self.rows, length, -1) if length in self.lengths else x.unsqueeze(1)
+            rows = self.rows or x.shape[0]  # the batch's, flattened; or x's own, for a model without sequences
+            length = x.shape[0] // rows
+            x = x.reshape(rows, length, -1) if length in self.lengths else x.unsqueeze(1)
         x = x.reshape(x.shape[0], -1, x.shape[-1])
         mask = next((m.to(x.device) for m in self.masks if m.shape == x.shape[:2]), x.new_ones(x.shape[:2]).bool())
         if not mask.any(1).all():
@@ -132,8 +133,8 @@ def calibrate(
     needs: Mapping[str, frozenset[str]],
     data: Iterable[Any] | None,
 ) -> tuple[dict[str, Statistics], tuple[int, int]]:
-    """Run the model over `data` once and return what the layers that need it have seen; and the largest number of tokens
-    that one has seen, and the bytes of the sums.
+    """Run the model over `data` once and return what the layers that need it have seen; and the largest number of
+    tokens that one has seen, and the bytes of the sums.
 
     Eval mode, no gradients, progress shown; hooks and modes are put back even after an error. Over several processes
     the sums are added up.
@@ -185,7 +186,7 @@ def _pass(model: nn.Module, collector: Collector, data: Iterable[Any]) -> None:
     try:
         model.eval()
         labelled = data.labelled() if isinstance(data, Contrast) else ((None, batch) for batch in data)
-        total = len(data) if hasattr(data, "__len__") else None
+        total = len(data) if isinstance(data, Sized) else None
         for label, batch in tqdm(labelled, desc="calibrating", unit="batch", leave=False, total=total):
             collector.start_batch(batch, label)
             run(model, batch)
@@ -227,8 +228,8 @@ def _check_sides(several: Iterable[Sums]) -> None:
             other = part.replace("positive", "negative")
             if SUMS[part].label and sums.counts.get(other) != count:
                 raise CalibrationError(
-                    f"Contrast: {count} positive and {sums.counts.get(other, 0)} negative prompts; give the same number "
-                    "of each"
+                    f"Contrast: {count} positive and {sums.counts.get(other, 0)} negative prompts; give the same "
+                    "number of each"
                 )
 
 

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lora_lite.adapter import Adapter
+from lora_lite.calibration import run
 from lora_lite.errors import CheckError, CoefficientError
 from lora_lite.state import State, adapters_of, refuse_merged, root_of, scale, tensors_in
-from lora_lite.calibration import run
 from lora_lite.stats import generator
 
 PERTURBATION = 1e-2
@@ -94,7 +94,9 @@ def check(model: nn.Module, batches: Iterable[Any]) -> CheckReport:
             model.train(mode)
             for _ in range(TRAIN_PASSES if mode else 1):
                 for batch in batches:
-                    _loss(run(model, batch)).backward()
+                    output = run(model, batch)
+                    if trained:
+                        _loss(output).backward()
                 if all(mode in layer.modes for layers in report.layers.values() for layer in layers.values()):
                     break
         _note_gradients(report, adapters)

@@ -45,9 +45,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
         model: the model.
         path: the file, by custom `....safetensors`.
         name: the adapter.
-        basis: False leaves out frozen bases that are singular directions of the base's weights (svd, wanda; most of the
-            file). `load` then rebuilds and verifies them, and refuses where it finds others: in another base, in another
-            dtype or quantisation, or where two singular values are too close to tell their directions apart.
+        basis: False leaves out frozen bases that are singular directions of the base's weights (svd, wanda; most of
+            the file). `load` then rebuilds and verifies them, and refuses where it finds others: in another base,
+            another dtype or quantisation, or where singular values are too close to tell their directions apart.
     Returns:
         The path.
     Raises:

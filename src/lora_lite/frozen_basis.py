@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lite.basis import canonical_signs, left_directions, leading_eigenvectors, singular_directions
+from lora_lite.basis import canonical_signs, leading_eigenvectors, left_directions, singular_directions
 from lora_lite.config import is_number, require
 from lora_lite.errors import CalibrationError
 from lora_lite.linear import dense
@@ -83,9 +83,9 @@ class Basis:
     """Which directions of a layer's output a core works on.
 
     Args:
-        kind: "svd" (of W), "wanda" (the singular directions of W that the data uses most), "asvd" (of W with its columns
-            weighed by the size of their inputs), "corda" (of W weighed by the second moment of its inputs), or a kind
-            registered by `register_basis`.
+        kind: "svd" (of W), "wanda" (the singular directions of W that the data uses most), "asvd" (of W with its
+            columns weighed by the size of their inputs), "corda" (of W weighed by the second moment of its inputs), or
+            a kind registered by `register_basis`.
         power: asvd and corda weigh by C^power: 1/2 gives the best rank-r part under the data in least squares, 1 what
             CorDA's paper prints and peft computes.
         pool: wanda's score of a direction: the "rms" of the layer's coordinate along it, or "mean_abs".
@@ -154,20 +154,20 @@ class Basis:
         U, S = kind.make(W.double() if W.device.type != "mps" else W.cpu().double(), stats, **settings)
         self._check(U, S, W.shape[0], r)
         U, S = U[:, :r], S[:r]
-        return canonical_signs(U), torch.where(S > NEGLIGIBLE * S.max(), S, 0.0)
+        return canonical_signs(U), torch.where(S / S.max() > NEGLIGIBLE, S, 0.0)
 
     def _check(self, U: Tensor, S: Tensor, o: int, r: int) -> None:
         ok = U.ndim == 2 and U.shape[0] == o and U.shape[1] >= r and S.shape == U.shape[1:]
         if not ok:
             raise ValueError(
-                f"basis {self.kind!r} returned U {tuple(U.shape)} and S {tuple(S.shape)}, expected ({o}, n) and (n,) with "
-                f"n >= r = {r}"
+                f"basis {self.kind!r} returned U {tuple(U.shape)} and S {tuple(S.shape)}, expected ({o}, n) and (n,) "
+                f"with n >= r = {r}"
             )
         U = U[:, :r].double()
         error = float((U.T @ U - torch.eye(r, dtype=U.dtype, device=U.device)).abs().max())
         if not (error <= ORTHONORMAL and bool((S >= 0).all())):
             raise ValueError(
-                f"basis {self.kind!r}: U^T U differs from I by {error:.1e} (allowed {ORTHONORMAL:.0e}), or S is negative"
+                f"basis {self.kind!r}: U^T U differs from I by {error:.1e} (allowed: {ORTHONORMAL:.0e}), or S is < 0"
             )
 
 
@@ -198,7 +198,10 @@ def _energy(W: Tensor, U: Tensor, stats: Statistics) -> Tensor:
 
 @register_basis("asvd", needs=["input_square"])
 def asvd(W: Tensor, stats: Statistics, r: int, power: float, eps: float) -> tuple[Tensor, Tensor]:
-    """C = diag(E x_j^2 + eps): columns of W weighed by the size of their inputs (Yuan et al. 2023, arXiv:2312.05821)."""
+    """C = diag(E x_j^2 + eps): columns of W weighed by the size of their inputs.
+
+    After Yuan et al. 2023, arXiv:2312.05821, who take a power of the mean |x_j|.
+    """
     C = stats.mean("input_square").to(W) + eps
     return left_directions(W * C**power, r)
 

@@ -27,8 +27,8 @@ def indices(W: Float[Tensor, "o i"], U: Float[Tensor, "o r"]) -> Float[Tensor, "
     best, index = cosines.max(0)
     if not bool((best > 1 - SAME**2).all()):
         raise ValueError(
-            f"direction {int(best.argmin())} of the basis is no singular direction of W (cosine {float(best.min()):.4f}), "
-            "so W alone does not tell it; save with basis=True"
+            f"direction {int(best.argmin())} of the basis is no singular direction of W (cosine "
+            f"{float(best.min()):.4f}), so W alone does not tell it; save with basis=True"
         )
     return index.to("cpu", torch.float32)
 
@@ -50,7 +50,7 @@ def rebuilt(
     if not bool((error <= SAME).all()):
         raise ValueError(
             f"the basis rebuilt from this model differs from the one trained on ({int((error > SAME).sum())} of "
-            f"{len(index)} directions, by up to {float(error.max()):.1e}); load it into the very weights and dtype it was "
-            "trained on, or save it with basis=True"
+            f"{len(index)} directions, by up to {float(error.max()):.1e}); load it into the very weights and dtype it "
+            "was trained on, or save it with basis=True"
         )
     return U * sign

@@ -1,7 +1,8 @@
 """S-space: adapters that hang a small core on a frozen basis of their layer.
 
 For any orthonormal U (o, r), U U^T W is a part of W, and the layer's own output tells its coordinates:
-h = U^T (y - b). (If U holds left singular vectors, h = diag(S) V^T x.) A core turns h into the change of those coordinates:
+h = U^T (y - b). (If U holds left singular vectors, h = diag(S) V^T x.) A core turns h into the change of those
+coordinates:
 
     y' = y + U delta(h)        delta(.) = 0 at first; W is never touched, be it quantised or not
 
@@ -34,11 +35,11 @@ class FrozenBasisConfig(AdapterConfig):
     Args:
         r: number of directions. The default of 256 is lowered to the layer's rank min(i, o) where that is smaller;
             another r larger than it is an error. None: all of them.
-        basis: which directions: "svd", "wanda", "asvd", "corda", a kind that `ll.register_basis` added, any of these with
-            settings ("corda:power=1.0"), or a `Basis`.
-        side: where the coordinates are read: from the "output" as U^T (y - b), or from the "input" as (U^T W) x, the same
-            numbers. "auto" takes the cheaper, and the input where b is larger than W (Frobenius norms), for then y - b
-            would lose digits in 16 bits. The choice is stored.
+        basis: which directions: "svd", "wanda", "asvd", "corda", a kind that `ll.register_basis` added, any of these
+            with settings ("corda:power=1.0"), or a `Basis`.
+        side: where the coordinates are read: from the "output" as U^T (y - b), or from the "input" as (U^T W) x, the
+            same numbers. "auto" takes the cheaper, and the input where b is larger than W (Frobenius norms), for then
+            y - b would lose digits in 16 bits. The choice is stored.
     """
 
     r: int | None = DEFAULT_R  # type: ignore[assignment]
@@ -147,12 +148,12 @@ class _Projection(torch.autograd.Function):
         return x.clamp(low, high)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (x,), (low, high) = ctx.saved_tensors, ctx.bounds
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None, None]:
+        (x,), (low, high), (grad,) = ctx.saved_tensors, ctx.bounds, grad_outputs
         outward = ((x > high) & (grad < 0)) | ((x < low) & (grad > 0))
         return torch.where(outward, 0.0, grad), None, None
 
 
 def projected(x: Tensor, low: float, high: float) -> Tensor:
     """x clamped to [low, high]; out of it the gradient passes where a descent step leads back, so none gets stuck."""
-    return _Projection.apply(x, low, high)  # type: ignore[no-any-return]
+    return _Projection.apply(x, low, high)

@@ -34,11 +34,12 @@ def parse(arguments: Sequence[str]) -> tuple[RunConfig, AdapterConfig, TrainConf
     first.add_argument("--preset", choices=sorted(PRESETS), default="none")
     preset, rest = first.parse_known_args(list(arguments))
     chosen = PRESETS[preset.preset]
-    methods = {name: method_flags(cls, chosen.methods.get(name, {})) for name, cls in ll.variants().items()}
+    trained = {name: cls for name, cls in ll.variants().items() if cls.trained}
+    methods = {name: method_flags(cls, chosen.methods.get(name, {})) for name, cls in trained.items()}
     named = next((word for word in rest if word in methods), chosen.method)
     union = tyro.extras.subcommand_type_from_defaults(
         {name: flags() for name, flags in methods.items()},
-        descriptions={name: f"{cls.title} (arXiv:{cls.arxiv})" for name, cls in ll.variants().items()},
+        descriptions={name: f"{cls.title} (arXiv:{cls.arxiv})" for name, cls in trained.items()},
         prefix_names=False,
     )
     Train = dataclasses.make_dataclass(
@@ -70,7 +71,14 @@ def method_flags(cls: type[Adapter], defaults: Mapping[str, Any]) -> type:
     kept = [f for f in dataclasses.fields(cls.Config) if f.name not in (*cls.Config.unused, *COMMON)]
     return dataclasses.make_dataclass(
         cls.Config.__name__,
-        [(f.name, Annotated[f.type, tyro.conf.arg(help=texts[f.name])], defaults.get(f.name, f.default)) for f in kept],
+        [
+            (
+                f.name,
+                Annotated[str if isinstance(f.default, str) else f.type, tyro.conf.arg(help=texts[f.name])],
+                defaults.get(f.name, f.default),
+            )
+            for f in kept
+        ],
         frozen=True,
         namespace={"__doc__": f"{cls.title}."},
     )

@@ -1,14 +1,15 @@
-"""AntiPaSTO's bounded gain. Clark 2026, arXiv:2601.07473.
+"""A bounded gain on AntiPaSTO's frozen directions. After Clark 2026, arXiv:2601.07473.
 
     y' = y + U diag(elu(c g)) U^T (y - b)        W ~ U S P with U (o, r), S (r) frozen; g (r) = 0
 
-Each direction's scale becomes S (1 + elu(c g)): it grows linearly, and shrinks towards 0 without crossing it.
+Each direction's scale becomes S (1 + elu(c g)): it grows linearly, and shrinks towards 0 without crossing it. The paper
+has frozen singular directions and the coefficient, but rotates and adds (`antipasto_rot`); the gain is from the code of
+its author's later adapters.
 """
 
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 

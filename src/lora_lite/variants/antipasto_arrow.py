@@ -1,8 +1,8 @@
-"""AntiPaSTO's gain with a small dense block on the leading directions. Gain: Clark 2026, arXiv:2601.07473.
+"""A small dense block on the leading directions, a bounded gain on the rest. After Clark 2026, arXiv:2601.07473.
 
-    y' = y + U [c M h_top ; diag(elu(c g)) h_tail]        h = U^T (y - b); top: its first b entries; M (b, b) = 0, g (r-b) = 0
+    y' = y + U [c M h_top ; diag(elu(c g)) h_tail]        h = U^T (y - b), top: its first b entries
 
-M[i, j] moves what direction j carries to direction i, with just that weight.
+M (b, b) = 0 and g (r - b) = 0 at first. M[i, j] moves what direction j carries to direction i, with just that weight.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,8 @@
-"""AntiPaSTO's gain on directions of the activation-weighed W. Basis: Yuan et al. 2023 (ASVD), arXiv:2312.05821.
+"""A bounded gain on directions of the activation-weighed W. Basis: Yuan et al. 2023 (ASVD), arXiv:2312.05821.
 
 y' = y + U diag(elu(c g)) U^T (y - b)        U (o, r): left singular vectors of W diag(E x_j^2 + eps)^1/2
+
+The paper weighs by a power of the mean |x_j|; the root of E x_j^2 is the diagonal of what `antipasto_corda` weighs by.
 """
 
 from dataclasses import dataclass

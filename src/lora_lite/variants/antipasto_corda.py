@@ -1,4 +1,4 @@
-"""AntiPaSTO's gain on directions oriented by the data. Basis: Yang et al. 2024 (CorDA), arXiv:2406.05223.
+"""A bounded gain on directions oriented by the data. Basis: Yang et al. 2024 (CorDA), arXiv:2406.05223.
 
     y' = y + U diag(elu(c g)) U^T (y - b)        U (o, r): leading eigenvectors of W C W^T, C = E[x x^T] + eps I
 

@@ -1,4 +1,4 @@
-"""AntiPaSTO's gain plus a low-rank mixing of the directions. Gain: Clark 2026, arXiv:2601.07473.
+"""A bounded gain plus a low-rank mixing of the directions. After Clark 2026, arXiv:2601.07473.
 
     y' = y + U [diag(elu(c g)) h + c B A p]        h = U^T (y - b), p = h / S; g (r) = 0, A (k, r) kaiming, B (r, k) = 0
 

@@ -1,4 +1,4 @@
-"""AntiPaSTO's rotation of a frozen basis, with an additive change of its scale. Clark 2026, arXiv:2601.07473.
+"""AntiPaSTO: a frozen basis rotated, its scale changed by addition. Clark 2026, arXiv:2601.07473, eqs. 4, 7, 8.
 
     y' = y + U delta(h)        h = U^T (y - b), p = h / S; with R = R(c):
     V:     delta = S (R - I) p + c d (R p)

@@ -24,7 +24,7 @@ class LoRAXSConfig(FrozenBasisConfig):
         init_std: standard deviation of R at first (the paper: 1e-5); 0 starts exactly at the base.
     """
 
-    r: int | None = 16  # type: ignore[assignment]
+    r: int | None = 16
     alpha: float | None = None  # type: ignore[assignment]
     init_std: float = 0.0
 

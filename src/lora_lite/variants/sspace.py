@@ -78,7 +78,7 @@ class SSpace(FrozenBasisAdapter):
     def init(self, layer: nn.Module, stats: Any, rng: torch.Generator) -> None:
         """Take d over all of the layer's directions, and keep the r where it is largest."""
         U, S = self.cfg.basis.of(layer, stats, min(shape(layer)))
-        S = torch.where(S >= SMALL * S.max(), S, 0.0)
+        S = torch.where(S / S.max() >= SMALL, S, 0.0)
         d = _root(S, -1) * (U.T @ stats.mean(f"contrast_{self.cfg.tokens}").to(U))
         kept = d.abs().argsort(descending=True, stable=True)[: self.r]
         self.U.copy_(U[:, kept])
