@@ -105,9 +105,9 @@ class Collector:
     def _prompts(self, x: Tensor, rows: str) -> Tensor:
         """x as (prompts, features): each one's last token that is no padding, or the mean of those."""
         if x.ndim == 2:
-            rows = self.rows or x.shape[0]  # the batch's, flattened; or x's own, for a model without sequences
-            length = x.shape[0] // rows
-            x = x.reshape(rows, length, -1) if length in self.lengths else x.unsqueeze(1)
+            batch = self.rows or x.shape[0]  # the batch's, flattened; or x's own, for a model without sequences
+            length = x.shape[0] // batch
+            x = x.reshape(batch, length, -1) if length in self.lengths else x.unsqueeze(1)
         x = x.reshape(x.shape[0], -1, x.shape[-1])
         mask = next((m.to(x.device) for m in self.masks if m.shape == x.shape[:2]), x.new_ones(x.shape[:2]).bool())
         if not mask.any(1).all():
