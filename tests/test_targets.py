@@ -263,11 +263,8 @@ def test_overlapping_configs_are_refused() -> None:
 
 def test_every_method_finds_its_own_default_targets() -> None:
     model = tiny_llama()
-    expected = {"ia3": {"k_proj", "v_proj"}, "ia3_ff": {"down_proj"}}
+    expected = {"ia3": {"k_proj", "v_proj"}, "ia3_ff": {"down_proj"}, "sspace": {"o_proj", "down_proj"}}
     for name, cls in ll.variants().items():
         cfg = cls.tiny()
         found = {path.rsplit(".", 1)[-1] for path in select(model, cfg)}
-        if cfg.target_names:
-            assert found == expected[name]
-        else:
-            assert found == {*ATTENTION, *MLP}
+        assert found == expected.get(name, {*ATTENTION, *MLP})

@@ -29,6 +29,14 @@ def wide(tensor: Tensor, like: Tensor | None = None) -> Tensor:
     return tensor.to(torch.promote_types(like.dtype, torch.float32))
 
 
+def double(tensor: Tensor) -> Tensor:
+    """`tensor` in fp64, or in fp32 where the device has no fp64.
+
+    For functions such as expm1 of rank-sized tensors, which processors round differently in different shapes.
+    """
+    return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
+
+
 def scaled(h: Tensor, c: Tensor) -> Tensor:
     """h * c, multiplied in fp32 (fp64 for fp64) and rounded once to h's dtype: all forms of c give the same bits."""
     return (wide(h) * wide(c, h)).to(h.dtype)

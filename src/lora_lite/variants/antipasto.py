@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_lite.adapter import register, wide
+from lora_lite.adapter import double, register
 from lora_lite.config import require
 from lora_lite.sspace import Coordinates, FrozenBasisAdapter, FrozenBasisConfig, projected, times
 
@@ -55,9 +55,9 @@ class AntiPaSTO(FrozenBasisAdapter):
         return self.r
 
     def gain(self, c: Tensor) -> Tensor:
-        """elu(c g), in fp32: the relative change of each direction's scale."""
+        """elu(c g): the relative change of each direction's scale."""
         g = projected(self.g, -math.inf, 0.0) if self.cfg.suppress_only else self.g
-        return F.elu(wide(c, wide(g)) * wide(g))
+        return F.elu(c.to(g.device) * double(g))
 
     def delta(self, h: Coordinates, c: Tensor) -> Coordinates:
         return times(h, self.gain(c))

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.adapter import cast, full_precision, register, wide
+from lora_lite.adapter import cast, double, full_precision, register
 from lora_lite.config import is_int, is_number, require
 from lora_lite.sspace import DEFAULT_R, Coordinates, FrozenBasisAdapter, FrozenBasisConfig
 
@@ -83,7 +83,7 @@ class AntiPaSTORot(FrozenBasisAdapter):
 
     def delta(self, h: Coordinates, c: Tensor) -> Coordinates:
         with full_precision(h.device):
-            D = self._core(wide(c, wide(self.d)))
+            D = self._core(c.to(h.device))
         lead = c.shape[:1] if c.ndim else ()
         return (h.reshape(*lead, -1, self.r) @ cast(D, h).mT).reshape(h.shape)
 
@@ -91,8 +91,7 @@ class AntiPaSTORot(FrozenBasisAdapter):
         """The matrix D of delta(h) = D h, made of the blocks on its diagonal."""
         bs, kind = self.cfg.block_size, self.cfg.rotate_basis
         c = c.reshape(*c.shape[:1], 1, 1, 1) if c.ndim else c
-        S, d = wide(self.S).reshape(-1, bs, 1), wide(self.d).reshape(-1, bs, 1)
-        inverse_S = wide(self.inverse_S).reshape(-1, bs, 1)
+        S, d, inverse_S = (double(t).reshape(-1, bs, 1) for t in (self.S, self.d, self.inverse_S))
         eye = torch.eye(bs, dtype=S.dtype, device=S.device)
         D = c * d * inverse_S * eye
         if kind in ("V", "both"):
@@ -109,8 +108,9 @@ class AntiPaSTORot(FrozenBasisAdapter):
         """R(c) - I, block by block; R(-c) = R(c)^T. Exactly 0 at rot_T = 0."""
         bs, L = self.cfg.block_size, 2 * math.tan(self.cfg.max_rotation_angle / 2)
         row, column = torch.triu_indices(bs, bs, 1, device=rot_T.device)
-        T = torch.zeros(rot_T.shape[0], bs, bs, dtype=wide(rot_T).dtype, device=rot_T.device)
-        T[:, row, column] = wide(rot_T)
+        entries = double(rot_T)
+        T = entries.new_zeros(rot_T.shape[0], bs, bs)
+        T[:, row, column] = entries
         X = L / 2 * torch.tanh(c * (T - T.mT) / (2 * L))
         eye = torch.eye(bs, dtype=X.dtype, device=X.device)
         return 2 * torch.linalg.solve(eye - X, X)

@@ -87,12 +87,13 @@ class SSpace(FrozenBasisAdapter):
         self.cfg = self.cfg.replace(side=self._side(layer))
 
     def delta(self, h: Coordinates, c: Tensor) -> Coordinates:
-        s, d = wide(h) * _root(wide(self.S), -1), wide(self.d)
+        S = wide(self.S, h)
+        s, d = wide(h) * _root(S, -1), wide(self.d, h)
         size = d.norm()
         d = d / size.clamp(min=torch.finfo(d.dtype).tiny)
-        gate = (s @ d).unsqueeze(-1) / s.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(s.dtype).tiny)
+        gate = (s * d).sum(-1, keepdim=True) / s.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(s.dtype).tiny)
         gate = gate.abs() if self.cfg.gate == "absolute" else gate
-        push = _root(wide(self.S), 1) * d * (size if self.cfg.unit is None else self.cfg.unit)
+        push = _root(S, 1) * d * (size if self.cfg.unit is None else self.cfg.unit)
         return (gate * wide(c, s) * push).to(h.dtype)
 
 
