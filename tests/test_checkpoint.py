@@ -96,7 +96,8 @@ def test_overwrite_in_place(method: str, tmp_path: Path) -> None:
     expected = logits(model)
     path = ll.save(model, tmp_path / "adapter.safetensors")
     kept = {key: (p, p.data_ptr()) for key, p in model.named_parameters() if ".lora." in key}
-    optimizer = torch.optim.AdamW(ll.param_groups(model, lr=1e-2))
+    trained = ll.variants()[method].trained
+    optimizer = torch.optim.AdamW(ll.param_groups(model, lr=1e-2)) if trained else None
     perturb(att.targets.values(), seed=5)
     for adapter in att.targets.values():  # frozen tensors come back as well
         for key, value in adapter.state_dict().items():
@@ -108,9 +109,10 @@ def test_overwrite_in_place(method: str, tmp_path: Path) -> None:
     for key, p in model.named_parameters():
         if ".lora." in key:
             assert p is kept[key][0] and p.data_ptr() == kept[key][1]
-    model(input_ids=token_ids(), labels=token_ids()).loss.backward()
-    optimizer.step()
-    assert not torch.equal(logits(model), expected)
+    if optimizer is not None:
+        model(input_ids=token_ids(), labels=token_ids()).loss.backward()
+        optimizer.step()
+        assert not torch.equal(logits(model), expected)
 
 
 @pytest.mark.parametrize(

@@ -174,7 +174,7 @@ def test_anything_anywhere_in_the_metadata(good: bytes, tmp_path: Path, data: st
 @pytest.mark.parametrize("r", [10**9, 2**62, 10**30])
 def test_a_hostile_rank_takes_no_memory(method: str, r: int, tmp_path: Path) -> None:
     model = Net()
-    attached(model, method, [X])
+    attached(model, method, [X, -X], r=4)
     header, tensors = parts(ll.save(model, tmp_path / "a").read_bytes())
     header["configs"][0]["config"]["r"] = r
     for entry in header["targets"].values():

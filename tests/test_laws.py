@@ -211,7 +211,7 @@ def _fault(method: str, where: str, monkeypatch: pytest.MonkeyPatch, data: list[
 def test_attach_is_all_or_nothing(method: str, first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault in the middle leaves bits, flags, hooks, modes and attributes as they were."""
     model = nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 16), nn.Dropout(), nn.Linear(16, 16), nn.Linear(16, 8))
-    data = [torch.randn(4, 16)]
+    data = [torch.randn(12, 16)]
     cfg = tiny(method)
     if first:
         attached(model, "lora", name="first")

@@ -45,6 +45,6 @@ PRESETS = {
         run=RunConfig(task=REVERSAL, train_examples=256, test_examples=64, out=Path("runs/demo")),
         training=TrainConfig(steps=32, batch_size=8, final_lr=0.05, save_every=16),
         methods={"lora": {"r": 16, "alpha": 32.0}},
-        rates={"lora": 2e-3},
+        rates={"lora": 2e-3, "antipasto": 2e-2},
     ),
 }

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_lite.adapter import double, register
+from lora_lite.adapter import double, register, wide
 from lora_lite.config import require
 from lora_lite.sspace import Coordinates, FrozenBasisAdapter, FrozenBasisConfig, projected, times
 
@@ -57,7 +57,7 @@ class AntiPaSTO(FrozenBasisAdapter):
     def gain(self, c: Tensor) -> Tensor:
         """elu(c g): the relative change of each direction's scale."""
         g = projected(self.g, -math.inf, 0.0) if self.cfg.suppress_only else self.g
-        return F.elu(c.to(g.device) * double(g))
+        return F.elu(c.to(g.device) * double(g)).to(wide(g).dtype)
 
     def delta(self, h: Coordinates, c: Tensor) -> Coordinates:
         return times(h, self.gain(c))
