@@ -68,7 +68,7 @@ def list_table() -> str:
         low, high = known["lr_range"]
         start = "exact" if known["identity_bound"] == 0 else f"<= {known['identity_bound']:.0e}"
         merges, data = ("yes" if known["affine"] else "no"), ("yes" if known["needs"] else "no")
-        rates = f"{known['lr']:g} ({low:g} to {high:g})"
+        rates = f"{known['lr']:g} ({low:g} to {high:g})" if known["trained"] else "not trained"
         lines.append(row.format(name, known["arxiv"], known["acts"], merges, data, start, rates, cls.title))
     return "\n".join([*lines, "", "Settings of a method: lora-lite train METHOD --help"])
 

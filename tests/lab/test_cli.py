@@ -117,7 +117,7 @@ def test_left_over_checkpoints_are_not_overwritten(folder: Path, capsys: pytest.
     assert "give --resume to go on, or another --out" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", list(ll.variants()))
+@pytest.mark.parametrize("method", [name for name, cls in ll.variants().items() if cls.trained])
 def test_help_explains_every_setting(method: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main(["train", method, "--help"])
@@ -127,6 +127,13 @@ def test_help_explains_every_setting(method: str, capsys: pytest.CaptureFixture[
     hidden = {*cls.Config.unused, "dtype", "seed"}
     for field in cls.Config().to_dict().keys() - hidden:
         assert f"--{field.replace('_', '-')}" in text
+
+
+def test_a_method_that_is_not_trained_is_none_to_train(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "sspace"])
+    assert stopped.value.code == 2
+    assert "sspace is not trained: attach it with calibration_data=ll.Contrast" in capsys.readouterr().err
 
 
 def test_every_setting_has_a_line_of_help() -> None:

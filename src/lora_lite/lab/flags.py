@@ -34,6 +34,9 @@ def parse(arguments: Sequence[str]) -> tuple[RunConfig, AdapterConfig, TrainConf
     first.add_argument("--preset", choices=sorted(PRESETS), default="none")
     preset, rest = first.parse_known_args(list(arguments))
     chosen = PRESETS[preset.preset]
+    for word in rest:
+        if word in ll.variants() and not ll.variants()[word].trained:
+            first.error(f"{word} is not trained: attach it with calibration_data=ll.Contrast(positive, negative)")
     trained = {name: cls for name, cls in ll.variants().items() if cls.trained}
     methods = {name: method_flags(cls, chosen.methods.get(name, {})) for name, cls in trained.items()}
     named = next((word for word in rest if word in methods), chosen.method)
