@@ -1,5 +1,5 @@
-"""What the cores promise: contractions contract, rotations stay within bounds, gains stay positive, signs do not matter,
-and parameters never outlive the basis that they were made for."""
+"""What the cores promise: contractions contract, rotations keep to bounds, gains stay positive, signs do not matter, and
+parameters never outlive the basis that they were made for."""
 
 import math
 from pathlib import Path
