@@ -25,7 +25,7 @@ from lora_lite.calibration import calibrate
 from lora_lite.frozen_basis import Basis
 from lora_lite.lab.macs import added_macs
 
-R, I, O, TOKENS = 256, 3584, 1024, 1024
+R, I, O, TOKENS = 256, 3584, 1024, 1024  # tokens of a step, and of a calibration
 PUBLISHED_CORDA = 120 / 2.5  # its orientation against its plain SVD, 24 layers, as published
 
 
@@ -77,7 +77,7 @@ def case(device: str) -> Case:
     for layer in (model.down, model.up):
         U, S, Vh = torch.linalg.svd(torch.randn(layer.out_features, layer.in_features), full_matrices=False)
         layer.weight.data.copy_(U * torch.linspace(0, -2, len(S)).exp() @ Vh)
-    x = torch.randn(4 * TOKENS, I) * torch.logspace(0, -1, I) + 0.1
+    x = torch.randn(TOKENS, I) * torch.logspace(0, -1, I) + 0.1
     return Case(model.to(device).requires_grad_(False), x.to(device))
 
 

@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+ONE_SIZE = 0.1  # of the largest singular value: above, fp32 products with eigenvectors are orthogonal to 1e-5
+
 
 def leading_eigenvectors(
     moment: Float[Tensor, "n n"], r: int | None = None
@@ -24,42 +26,52 @@ def canonical_signs(vectors: Float[Tensor, "n r"]) -> Float[Tensor, "n r"]:
     return vectors * torch.where(largest < 0, -1.0, 1.0)
 
 
-def left_directions(W: Float[Tensor, "o i"], r: int) -> tuple[Float[Tensor, "o r"], Float[Tensor, " r"]]:
-    """The r leading left singular vectors U and singular values S of W, in fp64.
+def gram(W: Float[Tensor, "n m"]) -> Float[Tensor, "n n"]:
+    """W W^T in fp64 (on the CPU where the device has none)."""
+    wide = W.detach().to("cpu" if W.device.type == "mps" else W.device, torch.float64)
+    if wide.device.type != "cpu":
+        return wide @ wide.T
+    # numpy computes one half of a product with its own transpose, torch both.
+    array = wide.contiguous().numpy()
+    return torch.from_numpy(array @ array.T)
 
-    From the eigenvectors of the smaller of W W^T and W^T W: several times faster than a full SVD, and as accurate for
-    directions well above the rounding of the squares (1e-8 of the largest singular value).
+
+def left_directions(W: Float[Tensor, "o i"], r: int) -> tuple[Float[Tensor, "o r"], Float[Tensor, " r"]]:
+    """The r leading left singular vectors U and singular values S of W.
+
+    From the eigenvectors of the smaller of W W^T and W^T W, in fp64: several times faster than a full SVD, and as
+    accurate for directions well above the rounding of the squares (1e-8 of the largest singular value).
     """
-    W = _double(W)
     if W.shape[0] <= W.shape[1]:
-        U, values = leading_eigenvectors(W @ W.T, r)
+        U, values = leading_eigenvectors(gram(W), r)
         return U, values.sqrt()
-    V, _ = leading_eigenvectors(W.T @ W, r)
-    return _partners(W @ V)
+    V, _ = leading_eigenvectors(gram(W.T), r)
+    return _partners(W, V)
 
 
 def singular_directions(
     W: Float[Tensor, "o i"], r: int
 ) -> tuple[Float[Tensor, "o r"], Float[Tensor, " r"], Float[Tensor, "r i"]]:
-    """The r leading singular triples (U, S, V^T) of W, in fp64; `left_directions` with right-hand partners."""
-    W = _double(W)
+    """The r leading singular triples (U, S, V^T) of W; `left_directions` with right-hand partners."""
     if W.shape[0] <= W.shape[1]:
-        U, _ = leading_eigenvectors(W @ W.T, r)
-        V, S = _partners(W.T @ U)
+        U, _ = leading_eigenvectors(gram(W), r)
+        V, S = _partners(W.T, U)
         return U, S, V.T
-    V, _ = leading_eigenvectors(W.T @ W, r)
-    U, S = _partners(W @ V)
+    V, _ = leading_eigenvectors(gram(W.T), r)
+    U, S = _partners(W, V)
     return U, S, V.T
 
 
-def _double(W: Tensor) -> Tensor:
-    return W.to("cpu").double() if W.device.type == "mps" else W.double()
+def _partners(W: Float[Tensor, "n m"], V: Float[Tensor, "m r"]) -> tuple[Float[Tensor, "n r"], Float[Tensor, " r"]]:
+    """Orthonormal columns and S >= 0 whose product is W V, whose columns are orthogonal up to rounding.
 
-
-def _partners(products: Float[Tensor, "n r"]) -> tuple[Float[Tensor, "n r"], Float[Tensor, " r"]]:
-    """Orthonormal columns and S >= 0 whose product is `products`, whose columns are orthogonal up to rounding.
-
-    Not a division by the roots of eigenvalues: where W has no rank left those are noise, or 0.
+    Where all singular values are of one size, W's own precision (at least fp32) and a division serve. Else in fp64, and
+    what W has no rank left for, noise or 0, is made orthonormal to the rest.
     """
-    Q, R = torch.linalg.qr(products)
+    W = W.detach().to(V.device, torch.promote_types(W.dtype, torch.float32))
+    products = W @ V.to(W.dtype)
+    S = products.norm(dim=0)
+    if bool(S.min() > ONE_SIZE * S.max()):
+        return products / S, S
+    Q, R = torch.linalg.qr(W.double() @ V)
     return Q * torch.where(R.diagonal() < 0, -1.0, 1.0), R.diagonal().abs()

@@ -37,11 +37,12 @@ class Collector:
             path: {part for name in needs[path] for part in STATISTICS[name].parts(*shape(layer))}
             for path, layer in layers.items()
         }
-        # A shared input serves every layer that reads it, so its sums are taken for all of them.
-        self.input = sorted({part for found in parts.values() for part in found if SUMS[part].side == "input"})
-        self.output = {
-            path: sorted(part for part in found if SUMS[part].side == "output") for path, found in parts.items()
-        }
+        self.input, self.output = (
+            {path: sorted(part for part in found if SUMS[part].side == side) for path, found in parts.items()}
+            for side in ("input", "output")
+        )
+        # Of layers that read the same input, the first one that needs a sum of it takes it.
+        self.taker: dict[tuple[str, str], str] = {}
         self.prepared = {
             (path, part): prepare(layers[path])
             for path, found in self.output.items()
@@ -76,7 +77,8 @@ class Collector:
         stats = self.stats[path]
         if leader == path:
             self._inputs = [*self._inputs[-3:], (x, x._version, path)]
-            self._add(path, stats.input, self.input, x)
+        own = [part for part in self.input[path] if self.taker.setdefault((leader, part), path) == path]
+        self._add(path, stats.input, own, x)
         if self.output[path]:
             b = bias(self.layers[path])
             self._add(path, stats.output, self.output[path], y if b is None else y - b.to(y.dtype))

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lite.basis import canonical_signs, leading_eigenvectors, left_directions, singular_directions
+from lora_lite.basis import canonical_signs, gram, leading_eigenvectors, left_directions, singular_directions
 from lora_lite.config import is_number, require
 from lora_lite.errors import CalibrationError
 from lora_lite.linear import dense
 from lora_lite.stats import STATISTICS, Statistics
 
-ORTHONORMAL = 1e-6
+ORTHONORMAL = 1e-5
 NEGLIGIBLE = 1e-7  # of the largest S: below the rounding of fp32, such directions carry nothing
 Function = Callable[..., tuple[Tensor, Tensor]]
 
@@ -29,7 +29,8 @@ class Kind:
     """A registered kind of basis.
 
     Attributes:
-        make: (W (o, i) in fp64, statistics) and those of r, power, pool and eps that it names -> U (o, >= r), S.
+        make: (W (o, i) in fp32 or fp64, statistics) and those of r, power, pool and eps that it names -> U (o, >= r)
+            and S.
         needs: names of the statistics that it reads, for given settings.
     """
 
@@ -50,9 +51,9 @@ def register_basis(
 ) -> Callable[[Function], Function]:
     """Decorator that makes a function known as the basis `kind`: `AntiPaSTOConfig(basis=kind)`.
 
-    The function is given the weight W (o, i) in fp64 and the layer's `Statistics` (None, if it needs none), and returns
-    U (o, n) with n >= r orthonormal columns, the most important first, and a scale S (n,) >= 0. Those of `r`, `power`,
-    `pool` and `eps` that it names as parameters are passed as well.
+    The function is given the weight W (o, i) in fp32 (fp64 if it is) and the layer's `Statistics` (None, if it needs
+    none), and returns U (o, n) with n >= r orthonormal columns, the most important first, and S (n,) >= 0. Those of
+    `r`, `power`, `pool` and `eps` that it names as parameters are passed as well.
 
     Args:
         kind: its name.
@@ -140,7 +141,7 @@ class Basis:
         return KINDS[self.kind].needs(self)
 
     def of(self, layer: nn.Module, stats: Statistics | None, r: int) -> tuple[Tensor, Tensor]:
-        """U (o, r) with orthonormal columns, and S (r,) >= 0, of a layer, in fp64; 0 where S is negligible.
+        """U (o, r) with orthonormal columns, and S (r,) >= 0, of a layer; 0 where S is negligible.
 
         Raises:
             CalibrationError: fewer tokens than r. ValueError: a registered function that returned something else.
@@ -151,7 +152,8 @@ class Basis:
         named = inspect.signature(kind.make).parameters
         settings = {name: getattr(self, name) for name in kind.settings} | ({"r": r} if "r" in named else {})
         W = dense(layer)
-        U, S = kind.make(W.double() if W.device.type != "mps" else W.cpu().double(), stats, **settings)
+        W = W.cpu() if W.device.type == "mps" else W
+        U, S = kind.make(W.to(torch.promote_types(W.dtype, torch.float32)), stats, **settings)
         self._check(U, S, W.shape[0], r)
         U, S = U[:, :r], S[:r]
         return canonical_signs(U), torch.where(S / S.max() > NEGLIGIBLE, S, 0.0)
@@ -184,15 +186,15 @@ def wanda(W: Tensor, stats: Statistics, pool: str) -> tuple[Tensor, Tensor]:
     Their rms is S_j rms(x . v_j), a score like that of Wanda (Sun et al. 2023, arXiv:2306.11695, eq. 1) for directions.
     """
     U, S, _ = singular_directions(W, min(W.shape))
-    score = stats.mean("coordinate_abs").to(S) if pool == "mean_abs" else _energy(W, U, stats)
+    score = stats.mean("coordinate_abs").to(S.device) if pool == "mean_abs" else _energy(W, U, stats)
     order = score.argsort(descending=True, stable=True)
     return U[:, order], S[order]
 
 
 def _energy(W: Tensor, U: Tensor, stats: Statistics) -> Tensor:
     """E (u_j^T (y - b))^2 for each column of U."""
-    C = stats.mean("response").to(W)
-    A = U if stats.has("output_moment") else W.T @ U
+    C, U = stats.mean("response").to(W.device), U.double()
+    A = U if stats.has("output_moment") else W.double().T @ U
     return (A * (C @ A)).sum(0)
 
 
@@ -212,8 +214,12 @@ def corda(W: Tensor, stats: Statistics, r: int, power: float, eps: float) -> tup
     if power == 1:
         return left_directions(W @ stats.mean("input_moment").to(W) + eps * W, r)
     if power == 0.5 and stats.has("output_moment"):
-        U, values = leading_eigenvectors(stats.mean("output_moment").to(W) + eps * (W @ W.T), r)
+        U, values = leading_eigenvectors(stats.mean("output_moment").to(W.device) + eps * gram(W), r)
         return U, values.sqrt()
-    # Any F with F F^T = C^2p serves; this one is made of eigenvectors that layers with the same input share.
+    # Any F with F F^T = C^2p serves: the Cholesky factor, or one made of eigenvectors, for any power and any C.
+    C = stats.mean("input_moment").to(W.device, torch.float64)
+    L, failed = torch.linalg.cholesky_ex(C + eps * torch.eye(len(C), dtype=C.dtype, device=C.device))
+    if power == 0.5 and not failed:
+        return left_directions(W.double() @ L, r)
     V, values = stats.eigen("input_moment")
-    return left_directions(W @ (V.to(W) * (values.to(W) + eps) ** power), r)
+    return left_directions(W.double() @ (V.to(W.device) * (values + eps).to(W.device) ** power), r)

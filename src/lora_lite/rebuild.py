@@ -23,7 +23,7 @@ def sketch(U: Float[Tensor, "o r"]) -> Float[Tensor, "p r"]:
 
 def indices(W: Float[Tensor, "o i"], U: Float[Tensor, "o r"]) -> Float[Tensor, " r"]:
     """Which singular direction of W each column of U is. Raises `ValueError` where one is none."""
-    cosines = (left_directions(W, min(W.shape))[0].T @ U.to(W.device).double()).abs()
+    cosines = (left_directions(W, min(W.shape))[0].double().T @ U.to(W.device).double()).abs()
     best, index = cosines.max(0)
     if not bool((best > 1 - SAME**2).all()):
         raise ValueError(
