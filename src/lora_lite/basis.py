@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-ONE_SIZE = 0.1  # of the largest singular value: above, fp32 products with eigenvectors are orthogonal to 1e-5
+ONE_SIZE = 0.1  # of the largest singular value: above, fp32 keeps directions orthogonal to 1e-5
 
 
 def leading_eigenvectors(
@@ -12,10 +12,9 @@ def leading_eigenvectors(
 ) -> tuple[Float[Tensor, "n r"], Float[Tensor, " r"]]:
     """Eigenvectors of a symmetric matrix, as columns, by falling eigenvalue; signs fixed by `canonical_signs`.
 
-    Computed in fp64, on the CPU where the device has no fp64.
+    In the matrix's own precision; on the CPU where the device has none of its own.
     """
-    wide = moment.to("cpu") if moment.device.type == "mps" else moment
-    values, vectors = torch.linalg.eigh(wide.double())
+    values, vectors = torch.linalg.eigh(moment.to("cpu") if moment.device.type == "mps" else moment)
     values, vectors = values.flip(0)[:r], vectors.flip(1)[:, :r]
     return canonical_signs(vectors), values.clamp(min=0)
 
@@ -26,13 +25,13 @@ def canonical_signs(vectors: Float[Tensor, "n r"]) -> Float[Tensor, "n r"]:
     return vectors * torch.where(largest < 0, -1.0, 1.0)
 
 
-def gram(W: Float[Tensor, "n m"]) -> Float[Tensor, "n n"]:
-    """W W^T in fp64 (on the CPU where the device has none)."""
-    wide = W.detach().to("cpu" if W.device.type == "mps" else W.device, torch.float64)
-    if wide.device.type != "cpu":
-        return wide @ wide.T
+def gram(W: Float[Tensor, "n m"], dtype: torch.dtype = torch.float64) -> Float[Tensor, "n n"]:
+    """W W^T, computed in `dtype` (on the CPU where the device has no fp64)."""
+    W = W.detach().to("cpu" if W.device.type == "mps" else W.device, dtype)
+    if W.device.type != "cpu":
+        return W @ W.T
     # numpy computes one half of a product with its own transpose, torch both.
-    array = wide.contiguous().numpy()
+    array = W.contiguous().numpy()
     return torch.from_numpy(array @ array.T)
 
 
@@ -45,33 +44,36 @@ def left_directions(W: Float[Tensor, "o i"], r: int) -> tuple[Float[Tensor, "o r
     if W.shape[0] <= W.shape[1]:
         U, values = leading_eigenvectors(gram(W), r)
         return U, values.sqrt()
-    V, _ = leading_eigenvectors(gram(W.T), r)
-    return _partners(W, V)
+    return partners(W, leading_eigenvectors(gram(W.T), r)[0])
 
 
 def singular_directions(
     W: Float[Tensor, "o i"], r: int
 ) -> tuple[Float[Tensor, "o r"], Float[Tensor, " r"], Float[Tensor, "r i"]]:
-    """The r leading singular triples (U, S, V^T) of W; `left_directions` with right-hand partners."""
-    if W.shape[0] <= W.shape[1]:
-        U, _ = leading_eigenvectors(gram(W), r)
-        V, S = _partners(W.T, U)
-        return U, S, V.T
-    V, _ = leading_eigenvectors(gram(W.T), r)
-    U, S = _partners(W, V)
-    return U, S, V.T
+    """The r leading singular triples (U, S, V^T) of W.
 
-
-def _partners(W: Float[Tensor, "n m"], V: Float[Tensor, "m r"]) -> tuple[Float[Tensor, "n r"], Float[Tensor, " r"]]:
-    """Orthonormal columns and S >= 0 whose product is W V, whose columns are orthogonal up to rounding.
-
-    Where all singular values are of one size, W's own precision (at least fp32) and a division serve. Else in fp64, and
-    what W has no rank left for, noise or 0, is made orthonormal to the rest.
+    As `left_directions`, but in W's own precision (at least fp32) if they all have singular values of one size.
     """
-    W = W.detach().to(V.device, torch.promote_types(W.dtype, torch.float32))
-    products = W @ V.to(W.dtype)
+    tall = W.shape[0] > W.shape[1]
+    A = W.T if tall else W
+    for dtype in (torch.promote_types(W.dtype, torch.float32), torch.float64):
+        near, _ = leading_eigenvectors(gram(A, dtype), r)
+        far, S = partners(A.T, near)
+        if bool(S.min() > ONE_SIZE * S.max()):
+            break
+    return (far, S, near.T) if tall else (near, S, far.T)
+
+
+def partners(A: Float[Tensor, "n m"], V: Float[Tensor, "m r"]) -> tuple[Float[Tensor, "n r"], Float[Tensor, " r"]]:
+    """Orthonormal columns and S >= 0 whose product is A V, for V that makes its columns orthogonal up to rounding.
+
+    Where all of S is of one size, A's own precision (at least fp32) and a division serve. Else in fp64, and what A has
+    no rank left for, noise or 0, is made orthonormal to the rest.
+    """
+    A = A.detach().to(V.device, torch.promote_types(A.dtype, torch.float32))
+    products = A @ V.to(A.dtype)
     S = products.norm(dim=0)
     if bool(S.min() > ONE_SIZE * S.max()):
         return products / S, S
-    Q, R = torch.linalg.qr(W.double() @ V)
+    Q, R = torch.linalg.qr(A.double() @ V.double())
     return Q * torch.where(R.diagonal() < 0, -1.0, 1.0), R.diagonal().abs()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lite.basis import canonical_signs, gram, leading_eigenvectors, left_directions, singular_directions
+from lora_lite.basis import canonical_signs, gram, leading_eigenvectors, left_directions, partners, singular_directions
 from lora_lite.config import is_number, require
 from lora_lite.errors import CalibrationError
 from lora_lite.linear import dense
@@ -220,6 +220,7 @@ def corda(W: Tensor, stats: Statistics, r: int, power: float, eps: float) -> tup
     C = stats.mean("input_moment").to(W.device, torch.float64)
     L, failed = torch.linalg.cholesky_ex(C + eps * torch.eye(len(C), dtype=C.dtype, device=C.device))
     if power == 0.5 and not failed:
-        return left_directions(W.double() @ L, r)
+        V, _ = leading_eigenvectors(L.T @ gram(W.T).to(L) @ L, r)
+        return partners(W, L @ V)
     V, values = stats.eigen("input_moment")
     return left_directions(W.double() @ (V.to(W.device) * (values + eps).to(W.device) ** power), r)
