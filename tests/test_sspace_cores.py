@@ -1,4 +1,4 @@
-"""What the cores promise: contractions contract, rotations keep to bounds, gains stay positive, signs do not matter, and
+"""What the cores promise: contractions contract, rotations keep to bounds, gains stay positive, signs do not matter and
 parameters never outlive the basis that they were made for."""
 
 import math
