@@ -117,7 +117,8 @@ class Collector:
         if rows == "last":
             last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
             return x[torch.arange(len(x), device=x.device), last]
-        return (x * mask.unsqueeze(2)).sum(1, dtype=torch.float32) / mask.sum(1, keepdim=True)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return (x * mask.unsqueeze(2)).sum(1, dtype=wide) / mask.sum(1, keepdim=True)
 
     def result(self) -> dict[str, Statistics]:
         """path -> statistics. Raises `CalibrationError` for a layer that never ran."""
