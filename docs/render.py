@@ -1,19 +1,26 @@
-"""Write the generated parts of README.md: `python docs/render.py`; with `--check`, fail if they are out of date.
+"""Write the generated parts of the pages: `python docs/render.py`; with `--check`, fail if they are out of date.
 
-A generated part stands between `<!-- begin NAME -->` and `<!-- end NAME -->`.
+A generated part stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; docs/fidelity.md is generated whole.
 """
 
 import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
+
+import fidelity
 
 import lora_lite as ll
 from lora_lite.cli import facts
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
-DEMO = ROOT / "results" / "demo.json"
+PAGES = [ROOT / "README.md", ROOT / "docs" / "s-space.md"]
+
+
+def result(name: str) -> Any:
+    """A committed result."""
+    return json.loads((ROOT / "results" / f"{name}.json").read_text())
 
 
 def methods() -> str:
@@ -38,13 +45,19 @@ def methods() -> str:
 
 
 def demo() -> str:
-    """What the committed run of the demo found."""
-    found = json.loads(DEMO.read_text())
+    """What the committed runs of the demo found."""
+    return "\n\n".join(one_demo(name) for name in ("demo", "demo-antipasto"))
+
+
+def one_demo(name: str) -> str:
+    """What one run found."""
+    found = result(name)
     seconds = found["seconds"]
     lines = [
         f"Task `{found['run']['task']}`, {found['items']} held-out items, method `{found['methods'][0]['variant']}`, "
         f"{found['trainable']:,} trained parameters, {found['dtype']}, {found['device']} ({found['threads']} threads), "
-        f"torch {found['versions']['torch']}, seed {found['training']['seed']} (`make demo`):",
+        f"torch {found['versions']['torch']}, seed {found['training']['seed']} "
+        f"(`make demo VARIANT={found['methods'][0]['variant']}`):",
         "",
         "| | before | after |",
         "|---|---|---|",
@@ -58,24 +71,86 @@ def demo() -> str:
     return "\n".join(lines)
 
 
+def spectra() -> str:
+    """How much of a layer's output a few directions carry."""
+    found = result("pictures")["spectra"]
+    return (
+        f"In `{found['layer']}` of SmolLM2-135M, {found['kept']} directions carry {found['svd']:.0%} of the energy of "
+        f"the layer's outputs on the demo's task if chosen by singular value, {found['wanda']:.0%} if chosen by use, "
+        f"and {found['corda']:.0%} if oriented by the data. (It is what they carry, not what is worth training: a "
+        "direction that carries little may be the one to change.)"
+    )
+
+
+def gains() -> str:
+    """What the demo's gains became."""
+    found = result("pictures")["gains"]
+    return (
+        f"After `make demo VARIANT=antipasto`, {found['moved']:.0%} of the {found['gains']:,} gains differ from 1 by "
+        f"more than 0.05; they lie between {found['smallest']:.2f} and {found['largest']:.2f}."
+    )
+
+
+def sspace_costs() -> str:
+    """The benchmark's lines."""
+    found = result("benchmark-sspace")
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    lines = [
+        f"`{found['command']}`, {found['device']}, {found['cores']} cores, {versions}; median ratio of the rounds "
+        "[quartiles]:",
+        "",
+        "| ratio | measured | wanted |",
+        "|---|---|---|",
+    ]
+    for line in found["lines"]:
+        spread = f" [{line['low']:.3g}, {line['high']:.3g}]" if "low" in line else ""
+        wanted = "" if line["ok"] is None else f"at most {line['at_most']:.3g}: {'kept' if line['ok'] else 'missed'}"
+        lines.append(f"| {line['what']} | {line['value']:.3g}{spread} | {wanted} |")
+    return "\n".join(lines)
+
+
+def steering() -> str:
+    """What turning the embedded model does."""
+    found = result("steering")
+    lines = [
+        f"On SmolLM2-135M, from {found['pairs']} pairs of statements, six layers, tried on {found['held_out']} other "
+        "prompts: the mean log-probability of positive continuations less that of negative ones, and the loss on plain "
+        "text, in nats:",
+        "",
+        "| c | preference, signed gate | loss | preference, absolute gate | loss |",
+        "|---|---|---|---|---|",
+    ]
+    for signed, absolute in zip(found["gates"]["signed"], found["gates"]["absolute"], strict=True):
+        cells = [f"{row['preference']:+.2f} | {row['loss']:.3f}" for row in (signed, absolute)]
+        lines.append(f"| {signed['c']:+.0f} | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines)
+
+
+PARTS = {part.__name__: part for part in (methods, demo, spectra, gains, sspace_costs, steering)}
+
+
 def render(text: str) -> str:
     """The page with its generated parts made anew."""
-    for name, make in (("methods", methods), ("demo", demo)):
+    for name, make in PARTS.items():
         pattern = rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)"
-        part = make()
-        text = re.sub(pattern, lambda found, part=part: f"{found[1]}{part}\n{found[2]}", text, flags=re.DOTALL)
+        if re.search(pattern, text, flags=re.DOTALL):
+            part = make()
+            text = re.sub(pattern, lambda found, part=part: f"{found[1]}{part}\n{found[2]}", text, flags=re.DOTALL)
     return text
 
 
 def main() -> int:
     """Render, or check; the exit code."""
-    before = README.read_text()
-    after = render(before)
+    pages = {page: (page.read_text(), render(page.read_text())) for page in PAGES}
+    where = ROOT / "docs" / "fidelity.md"
+    pages[where] = (where.read_text() if where.exists() else "", fidelity.page())
+    stale = [page for page, (before, after) in pages.items() if before != after]
     if "--check" in sys.argv[1:]:
-        if before != after:
-            print("README.md is out of date: run python docs/render.py")
-        return int(before != after)
-    README.write_text(after)
+        for page in stale:
+            print(f"{page.name} is out of date: run python docs/render.py")
+        return int(bool(stale))
+    for page in stale:
+        page.write_text(pages[page][1])
     return 0
 
 

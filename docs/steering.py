@@ -20,7 +20,7 @@ COEFFICIENTS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 CONFIG = ll.SSpaceConfig(r=None, layers=tuple(range(12, 18)))
 SUBJECTS = [
     "The film was", "My week has been", "The meal tasted", "The hotel room was", "Our trip turned out", "The book was",
-    "The concert felt", "The new teacher is", "This phone is", "The weather today is", "Her speech was", "The staff was",
+    "The concert felt", "The new teacher is", "This phone is", "The weather today is", "Her talk was", "The staff was",
 ]  # fmt: skip
 POSITIVE = [f"{subject} wonderful, I loved it" for subject in SUBJECTS]
 NEGATIVE = [f"{subject} terrible, I hated it" for subject in SUBJECTS]
@@ -87,6 +87,4 @@ if __name__ == "__main__":
     where = Path(__file__).parent.parent / "results" / "steering.json"
     where.write_text(json.dumps(found, indent=1) + "\n")
     for gate, row in ((gate, row) for gate, rows in found["gates"].items() for row in rows):
-        print(
-            f"{gate:<9} c = {row['c']:+.0f}: preference {row['preference']:+.2f} nats, plain text {row['loss']:.3f} nats a token"
-        )
+        print(f"{gate:<9} c = {row['c']:+.0f}: preference {row['preference']:+.2f}, plain text {row['loss']:.3f} nats")
