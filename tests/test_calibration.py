@@ -120,6 +120,18 @@ def test_inputs_are_shared_outputs_are_not() -> None:
     assert not down.input.values and set(down.output.values) == {"output_moment"}
 
 
+def test_autocast_rounds_no_statistic_and_no_basis() -> None:
+    """Attached under autocast in bf16: what the layer computes is rounded, what is made of it is not."""
+    X, found = data(24).float(), []
+    for enabled in (False, True):
+        model = OneLayer(24, 16, dtype=torch.float32)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            att = ll.attach(model, ll.AntiPaSTOConfig(r=8, basis="corda:power=1.0", side="input", target_roles=()), [X])
+        found.append(att.targets["layer"])
+    for key in ("U", "S", "P"):
+        assert relative(getattr(found[1], key), getattr(found[0], key)) <= 1e-5, key
+
+
 @pytest.mark.parametrize("where", ["data", "model"])
 def test_a_failure_leaves_everything_as_it_was(where: str) -> None:
     model = tiny_llama().train()

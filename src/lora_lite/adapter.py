@@ -167,6 +167,13 @@ class Adapter(nn.Module):
         return ", ".join(f"{key}={tuple(value.shape)}" for key, value in self.state_dict().items())
 
 
+@torch.no_grad()
+def derive(adapter: Adapter, layer: nn.Module) -> None:
+    """Rebuild an adapter's derived tensors, whatever autocast is in force."""
+    with full_precision(layer.weight.device):  # type: ignore[union-attr, arg-type]
+        adapter.derive(layer)
+
+
 def adapters_on(layer: nn.Module) -> list[Adapter]:
     """The adapters of a layer, in the order in which they were attached."""
     store = layer._modules.get("lora")

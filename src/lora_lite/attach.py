@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from lora_lite.adapter import Adapter, adapters_on, variant_of
+from lora_lite.adapter import Adapter, adapters_on, derive, full_precision, variant_of
 from lora_lite.attachment import Attachment, attachment, is_adapters_key
 from lora_lite.calibration import broadcast, calibrate
 from lora_lite.config import AdapterConfig
@@ -65,9 +65,9 @@ def attach(
         paths = tqdm(planned, desc="building", unit="layer", leave=False, delay=1)
         built = {path: _build(planned[path], path, layers[path], stats.get(path)) for path in paths}
         broadcast(built)
-    with cost("build"), torch.no_grad():
+    with cost("build"):
         for path, adapter in built.items():
-            adapter.derive(layers[path])
+            derive(adapter, layers[path])
     cost.peak_memory_mb = peak_memory_mb(next(iter(layers.values())).weight.device)  # type: ignore[union-attr, arg-type]
     indices = {path: index for path, (_, index) in targets.items() if path in built}
     if missing := uncovered(model):
@@ -204,7 +204,7 @@ def _plan(
 
 def _build(cfg: AdapterConfig, path: str, layer: nn.Module, stats: Statistics | None) -> Adapter:
     try:
-        with torch.no_grad(), torch.device("cpu"):
+        with torch.no_grad(), torch.device("cpu"), full_precision(layer.weight.device):  # type: ignore[union-attr, arg-type]
             adapter = variant_of(cfg)(cfg, *shape(layer))  # type: ignore[call-arg]
             adapter.init(layer, stats, generator(cfg.seed, path))
             adapter.to(execution_device(layer))

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lora_lite.adapter import full_precision
 from lora_lite.contrast import Contrast
 from lora_lite.errors import CalibrationError, LoraLiteWarning
 from lora_lite.linear import bias, shape
@@ -91,7 +92,8 @@ class Collector:
             rows = SUMS[part].rows
             if rows not in views:
                 views[rows] = self._tokens(path, values) if rows == "tokens" else self._prompts(values, rows)
-            sums.add(part, views[rows], self.prepared.get((path, part)))
+            with full_precision(values.device):  # the model may run under autocast
+                sums.add(part, views[rows], self.prepared.get((path, part)))
 
     def _tokens(self, path: str, x: Tensor) -> Tensor:
         """x as (tokens, features), without padding where a mask of its shape is known."""

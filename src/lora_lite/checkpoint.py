@@ -13,7 +13,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from lora_lite import rebuild
-from lora_lite.adapter import Adapter, variant_of
+from lora_lite.adapter import Adapter, derive, full_precision, variant_of
 from lora_lite.adapter_file import (
     FORMAT,
     METADATA_KEY,
@@ -96,7 +96,8 @@ def _stored(adapter: Adapter, layer: nn.Module, path: str, basis: bool) -> dict[
     for key in () if basis else adapter.rebuildable:
         U = tensors.pop(key)
         try:
-            tensors[f"{key}.index"] = rebuild.indices(dense(layer), U)
+            with full_precision(layer.weight.device):  # type: ignore[union-attr, arg-type]
+                tensors[f"{key}.index"] = rebuild.indices(dense(layer), U)
         except ValueError as error:
             raise CheckpointError(f"save(..., basis=False): {path}: {error}") from error
         tensors[f"{key}.sketch"] = rebuild.sketch(U)
@@ -146,9 +147,8 @@ def load(
         return _overwrite(root, file, name, built)
     also = _find_also(root, file, layers)
     _check_also(file, also)
-    with torch.no_grad():
-        for target, adapter in built.items():
-            adapter.derive(layers[target])
+    for target, adapter in built.items():
+        derive(adapter, layers[target])
     indices = {target: index for target, (index, _, _) in file.targets.items()}
     commit(root, file.configs, name, {target: (layers[target], built[target]) for target in built}, indices, also)
     with torch.no_grad():
@@ -189,7 +189,7 @@ def _overwrite(root: nn.Module, file: File, name: str, built: dict[str, Adapter]
         for target, adapter in adapters.items():
             for key, value in built[target].state_dict().items():
                 adapter.state_dict()[key].copy_(value)
-            adapter.derive(root.get_submodule(target))
+            derive(adapter, root.get_submodule(target))
         for key in file.also:
             root.get_parameter(key).copy_(file.tensors[f"also.{key}"])
     return attachment(root, name)
@@ -212,7 +212,8 @@ def _build(file: File, path: str, layer: nn.Module) -> Adapter:
     for key in () if file.basis else adapter.rebuildable:
         index, expected = (file.tensors[f"{path}.lora.{key}.{part}"] for part in ("index", "sketch"))
         try:
-            own[key] = rebuild.rebuilt(dense(layer), index, expected).to(adapter.get_buffer(key).dtype)
+            with full_precision(layer.weight.device):  # type: ignore[union-attr, arg-type]
+                own[key] = rebuild.rebuilt(dense(layer), index, expected).to(adapter.get_buffer(key).dtype)
         except ValueError as error:
             raise BaseMismatchError(f"{file.where}: {path}: {error}") from error
     adapter.load_state_dict(own, assign=True)
@@ -224,7 +225,8 @@ def sketch(layer: nn.Module, path: str) -> Tensor:
     i, o = shape(layer)
     rows = torch.linspace(0, o - 1, min(o, SKETCH_ROWS)).round().long()
     z = torch.randn(i, generator=generator(0, path), dtype=torch.float32, device="cpu")
-    return dense(layer)[rows.to(layer.weight.device)].to("cpu", torch.float32) @ z  # type: ignore[union-attr, arg-type]
+    with full_precision(torch.device("cpu")):
+        return dense(layer)[rows.to(layer.weight.device)].to("cpu", torch.float32) @ z  # type: ignore[union-attr, arg-type]
 
 
 def _check_base(file: File, layers: Mapping[str, nn.Module]) -> None:
