@@ -1,7 +1,8 @@
 """Bases of the S-space family: the name says what is orthogonalised, a `Basis` says how.
 
 One formula serves all: U are the leading eigenvectors of W C W^T and S the roots of its eigenvalues, for some second
-moment C of the layer's inputs. Neither an inverse nor a root of C is needed: the input projector is S^-1 U^T W.
+moment C of the layer's inputs. Neither an inverse nor a symmetric root of C is needed: the input projector is
+S^-1 U^T W.
 """
 
 import dataclasses
@@ -183,7 +184,7 @@ def svd(W: Tensor, stats: Statistics | None, r: int) -> tuple[Tensor, Tensor]:
 def wanda(W: Tensor, stats: Statistics, pool: str) -> tuple[Tensor, Tensor]:
     """The singular directions of W with the largest coordinates h = u^T (y - b) on the data, the largest first.
 
-    Their rms is S_j rms(x . v_j), a score like that of Wanda (Sun et al. 2023, arXiv:2306.11695, eq. 1) for directions.
+    Their rms is S_j rms(x . v_j), a score like that of Wanda (Sun et al. 2023, arXiv:2306.11695), for directions.
     """
     U, S, _ = singular_directions(W, min(W.shape))
     score = stats.mean("coordinate_abs").to(S.device) if pool == "mean_abs" else _energy(W, U, stats)
