@@ -88,12 +88,16 @@ class Progress:
         tokens: tokens read, padding left out.
         answer_tokens: those among them that were learnt.
         seconds: time in the loop.
+        rate: learning rate of the last step (of a group without a ratio of its own, such as LoRA+'s).
+        grad_norm: norm of the last step's gradient, before clipping.
     """
 
     losses: list[float] = field(default_factory=list)
     tokens: int = 0
     answer_tokens: int = 0
     seconds: float = 0.0
+    rate: float = 0.0
+    grad_norm: float = 0.0
 
     @property
     def step(self) -> int:
@@ -134,9 +138,9 @@ def train(
     found = last_checkpoint(folder) if folder is not None and resume else None
     att = ll.load(model, found / ADAPTER, name=name, overwrite=True) if found else ll.attachment(model, name)
     peak = cfg.lr if cfg.lr is not None else next(iter(att.targets.values())).lr
-    groups = ll.param_groups(model, peak, cfg.weight_decay, cfg.lora_plus_ratio, names=[name])
-    optimizer = torch.optim.AdamW(groups)
-    ratios = [group["lr"] / peak for group in groups]
+    optimizer = torch.optim.AdamW(ll.param_groups(model, peak, cfg.weight_decay, cfg.lora_plus_ratio, names=[name]))
+    for group in optimizer.param_groups:
+        group["ratio"] = group["lr"] / peak
     set_seed(cfg.seed)
     progress = _restore(found, optimizer, cfg, items) if found else Progress()
     wrapped = accelerator.prepare_model(model)
@@ -145,15 +149,12 @@ def train(
     with tqdm(total=cfg.steps, initial=progress.step, desc="train", unit="step") as bar:
         while progress.step < cfg.steps:
             started = time.perf_counter()
-            for group, ratio in zip(optimizer.param_groups, ratios, strict=True):
-                group["lr"] = ratio * learning_rate(cfg, peak, progress.step)
+            progress.rate = learning_rate(cfg, peak, progress.step)
             batch = [items[index] for index in order.batch(progress.step)]
             loss = _step(accelerator, wrapped, batch, pad, cfg)
             if progress.step == 0:
                 _refuse_idle(att)
-            accelerator.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], cfg.clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            progress.grad_norm = _update(accelerator, optimizer, progress.rate, cfg.clip)
             _note(progress, loss, batch, time.perf_counter() - started)
             bar.set_postfix_str(f"loss {loss:.3f}, {progress.tokens / progress.seconds:,.0f} tokens/s")
             bar.update()
@@ -183,6 +184,16 @@ def _step(accelerator: Accelerator, model: Any, batch: Sequence[Encoded], pad: i
         (loss * (count / total)).backward()
         mean += float(loss.detach()) * count / total
     return mean
+
+
+def _update(accelerator: Accelerator, optimizer: torch.optim.Optimizer, rate: float, clip: float) -> float:
+    """Clip the gradient, take the optimiser's step at `rate`, clear; the gradient's norm before clipping."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["ratio"] * rate
+    norm = accelerator.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(norm)  # pyright: ignore[reportArgumentType]  (None with DeepSpeed alone, which is not used here)
 
 
 def _refuse_idle(att: ll.Attachment) -> None:
