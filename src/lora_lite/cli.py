@@ -1,7 +1,7 @@
-"""The command line: `lora-lite list` and `lora-lite train`.
+"""The command line: `lora-lite list | train | bench | study | cost | report`.
 
-Exit codes: 0 done; 1 the run failed, and the message says where and how to mend it; 2 the command line was not
-understood; 130 interrupted. The last line that `train` prints on standard output is one line of JSON.
+Exit codes: 0 done; 1 it failed, and the message says where and how to mend it; 2 the command line was not understood;
+130 interrupted. The last line that a command of the lab prints on standard output is one line of JSON.
 """
 
 import argparse
@@ -17,21 +17,31 @@ from lora_lite.adapter import Adapter
 LAB_HINT = "the command line needs the lab's packages: pip install 'lora-lite[lab]'"
 
 
+LAB = {  # command -> help; each is the function of that name in lab/commands.py, and explains itself with --help
+    "train": "fine-tune an adapter and measure it before and after; --probe: does this method work on this model?",
+    "bench": "compare methods with equal budgets; may be stopped and resumed at any moment",
+    "study": "run one of the library's own comparisons",
+    "cost": "what methods cost on a model, without training",
+    "report": "a page, pictures and a table of a bench or study",
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line on `argv` (default: the process's own arguments); returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="lora-lite",
-        description="Small adapters for frozen models: list the methods, or train one and see what it changes.",
+        description="Small adapters for frozen models: list the methods, train one, compare them, see what they cost.",
         epilog="Start with: lora-lite train --preset demo lora. Each command explains itself: lora-lite train --help",
     )
     parser.add_argument("--version", action="version", version=f"lora-lite {ll.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{list,train}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar=f"{{list,{','.join(LAB)}}}")
     listing = commands.add_parser("list", help="the methods, with what the registry knows of each")
     listing.add_argument("--json", action="store_true", help="as JSON")
-    commands.add_parser("train", add_help=False, help="fine-tune an adapter, and measure it before and after")
-    if arguments[:1] == ["train"]:
-        return train_command(arguments[1:])
+    for name, text in LAB.items():
+        commands.add_parser(name, add_help=False, help=text)
+    if arguments and arguments[0] in LAB:
+        return lab_command(arguments[0], arguments[1:])
     known = parser.parse_args(arguments)
     print(list_json() if known.json else list_table())
     return 0
@@ -73,34 +83,27 @@ def list_table() -> str:
     return "\n".join([*lines, "", "Settings of a method: lora-lite train METHOD --help"])
 
 
-def train_command(arguments: Sequence[str]) -> int:
-    """Parse the flags of `train`, run it, and print the report and the line of JSON."""
+def lab_command(name: str, arguments: Sequence[str]) -> int:
+    """Run a command of the lab; its exit code. What it raises on purpose becomes a line, not a traceback."""
     # Said by packages that transformers imports because they are installed; nothing here uses them.
     for noisy in ("torchao", "torch.utils._pytree"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         import transformers
 
-        from lora_lite.lab import flags, report
-        from lora_lite.lab.run import finetune
+        from lora_lite.lab import commands
     except ModuleNotFoundError as error:
         print(f"lora-lite: {error}; {LAB_HINT}", file=sys.stderr)
         return 1
     transformers.utils.logging.disable_progress_bar()
     try:
-        run, method, training = flags.parse(arguments)
-        result = finetune(run, method, training)
+        return getattr(commands, name)(arguments)
     except (ll.LoraLiteError, ValueError, OSError) as error:
         print(f"lora-lite: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(
-            "lora-lite: interrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr
-        )
+        print(f"lora-lite: interrupted; {commands.RESUME[name]}", file=sys.stderr)
         return 130
-    report.show(result)
-    print(json.dumps(result.summary, sort_keys=True))
-    return 0
 
 
 if __name__ == "__main__":

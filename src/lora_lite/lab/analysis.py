@@ -1,0 +1,261 @@
+"""From a ledger to findings: what a study found so far, and what it lacks."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import lora_lite as ll
+from lora_lite.lab import estimates
+from lora_lite.lab.arms import BASE, Arm
+from lora_lite.lab.bench import chosen_rates, read_plan
+from lora_lite.lab.evaluate import RIGHT
+from lora_lite.lab.findings import Change, Cost, Finding, Findings, Interval, Item, Reply
+from lora_lite.lab.ledger import DONE, FAILED, Ledger, LedgerError, read_json, run_id
+from lora_lite.lab.study import Job, Study
+from lora_lite.lab.workbench import job_config
+
+EXAMPLES = 12
+Record = Mapping[str, Any]
+
+
+def analyse(folder: Path) -> Findings:
+    """What the results in a folder say. Raises `LedgerError` if there are none, or a file is damaged."""
+    return Analysis(folder).findings()
+
+
+class Analysis:
+    """A folder of results, with the study that it answers."""
+
+    def __init__(self, folder: Path) -> None:
+        self.study, self.plan = read_plan(folder)
+        self.ledger = Ledger(folder)
+        self.arms = self.study.arms()
+        self.rates = chosen_rates(self.study, self.plan, self.ledger)
+        self.base = self.of(Job("base"))
+        self.seeds = {arm.name: self._seeds(arm) for arm in self.arms}
+        self.scores = {
+            name: {seed: correct(record) for seed, record in records.items() if record["status"] == DONE}
+            for name, records in self.seeds.items()
+        }
+        measured = {name: table for name, table in self.scores.items() if table}
+        self.places = estimates.places(measured)
+        self.verdicts = self._verdicts(measured)
+
+    def of(self, job: Job) -> Record | None:
+        """The record of a job, if it is done."""
+        return self.ledger.read(run_id(job_config(self.study, job, self.plan)))
+
+    def _seeds(self, arm: Arm) -> dict[int, Record]:
+        if (rate := self.rates.get(arm.name)) is None:
+            return {}
+        found = {seed: self.of(Job("seed", arm, rate, seed)) for seed in range(1, self.study.seeds + 1)}
+        return {seed: record for seed, record in found.items() if record is not None}
+
+    def _verdicts(self, measured: Mapping[str, Mapping[int, np.ndarray]]) -> dict[str, tuple[Interval, str]]:
+        """Arm -> its paired difference to the baseline, and what may be said of it."""
+        reference = measured.get(self.study.reference)
+        if reference is None:
+            return {}
+        others = {
+            name: estimates.shared(table, reference)
+            for name, table in measured.items()
+            if name != self.study.reference and table.keys() & reference.keys()
+        }
+        adjusted = estimates.holm({name: estimates.crossed(table).p for name, table in others.items()})
+        found = {}
+        for name, table in others.items():
+            interval = estimates.paired(table)
+            real = adjusted[name] < 1 - estimates.LEVEL and interval.excludes(0.0)
+            found[name] = (interval, ("better" if interval.mean > 0 else "worse") if real else "tie")
+        return found
+
+    def findings(self) -> Findings:
+        """All of it."""
+        study = self.study
+        arms = [self.finding(arm) for arm in self.arms]
+        everyone = len(arms)
+        arms.sort(key=lambda each: (*(each.places or (everyone + 1, everyone + 1)), each.arm))
+        missing = [] if self.base else ["the bare base is not measured yet"]
+        missing += [f"{each.arm}: {word}" for each in arms for word in each.missing]
+        return Findings(
+            name=study.name, about=study.about, task=study.task, model=study.model, quantization=study.quantization,
+            dtype=self.plan["dtype"], baseline=study.reference, items=study.test_examples, steps=study.training.steps,
+            batch_size=study.training.batch_size, setup=setup(study, self.plan), base=self.base_finding(),
+            arms=tuple(arms), examples=self.examples(), notes=tuple(self.plan["sources"]["notes"]),
+            missing=tuple(missing), machines=machines(self.records()), command=self.plan["command"],
+        )  # fmt: skip
+
+    def records(self) -> list[Record]:
+        """The records that the study is made of."""
+        tunes = [self.of(Job("tune", arm, lr)) for arm in self.arms for lr in self.study.grid(arm)]
+        seeds = [record for records in self.seeds.values() for record in records.values()]
+        return [record for record in (self.base, *tunes, *seeds) if record is not None]
+
+    def base_finding(self) -> Finding | None:
+        """The bare base, as an arm without seeds; None before it is measured."""
+        record = self.base
+        if record is None or record["status"] == FAILED:
+            return None
+        losses = record["losses_after"]
+        return Finding(
+            arm=BASE, method=BASE, title="the frozen model alone", arxiv="", seeds=(), wanted_seeds=0, rates={},
+            rate=None, edge="", accuracy=estimates.accuracy(correct(record)[None]), by_seed={}, against=None,
+            verdict="", places=None, mentioned=record["mentioned"], cut_off=record["cut_off"],
+            validation_loss=point(losses["validation"]), curves={},
+            forgetting={name: Change(loss, point(loss)) for name, loss in losses.items() if name != "validation"},
+            cost=None,
+        )  # fmt: skip
+
+    def finding(self, arm: Arm) -> Finding:
+        """What was found of an arm."""
+        study, table = self.study, self.scores[arm.name]
+        tried = {lr: self.of(Job("tune", arm, lr)) for lr in study.grid(arm)}
+        rate = self.rates.get(arm.name)
+        records = [self.seeds[arm.name][seed] for seed in sorted(table)]
+        cls = ll.variants()[arm.method.split("+")[0]]
+        against, verdict = self.verdicts.get(arm.name, (None, "baseline" if arm.name == study.reference else ""))
+        return Finding(
+            arm=arm.name, method=arm.method, title=cls.title, arxiv=cls.arxiv, seeds=tuple(sorted(table)),
+            wanted_seeds=study.seeds, rates=losses_by_rate(tried), rate=rate, edge=edge(study.grid(arm), rate),
+            accuracy=estimates.accuracy(np.stack([table[seed] for seed in sorted(table)])) if table else None,
+            by_seed={seed: float(scores.mean()) for seed, scores in sorted(table.items())},
+            against=against, verdict=verdict, places=self.places.get(arm.name),
+            mentioned=mean(records, "mentioned"), cut_off=mean(records, "cut_off"),
+            validation_loss=over(records, "validation"),
+            curves={seed: list(self.seeds[arm.name][seed]["curve"]) for seed in sorted(table)},
+            forgetting=self.forgetting(records), cost=self.cost(arm, records or [r for r in tried.values() if r]),
+            failures=failures(tried, self.seeds[arm.name]), missing=self.lacks(arm, tried),
+        )  # fmt: skip
+
+    def forgetting(self, records: list[Record]) -> dict[str, Change]:
+        """Losses elsewhere: those of the bare base, and those with the trained adapter."""
+        before = self.base["losses_after"] if self.base and self.base["status"] == DONE else {}
+        names = [name for name in before if name != "validation"]
+        return {name: Change(before[name], after) for name in names if (after := over(records, name)) is not None}
+
+    def cost(self, arm: Arm, records: list[Record]) -> Cost | None:
+        """The measured costs; before they are measured, what the training runs tell."""
+        record = self.of(Job("cost", arm))
+        if record is not None and record["status"] == DONE:
+            return as_cost(record["cost"])
+        done = [record for record in records if record["status"] == DONE]
+        return Cost(done[0]["trainable"], done[0]["stored_bytes"]) if done else None
+
+    def lacks(self, arm: Arm, tried: Mapping[float, Record | None]) -> tuple[str, ...]:
+        """What the study asks of an arm and is not there, in words."""
+        words = []
+        if open_rates := [f"{lr:g}" for lr, record in tried.items() if record is None]:
+            words.append(f"learning rates {', '.join(open_rates)} are not tried yet")
+        elif self.rates[arm.name] is None:
+            words.append("every learning rate failed")
+        wanted = range(1, self.study.seeds + 1)
+        if absent := [str(seed) for seed in wanted if seed not in self.seeds[arm.name]]:
+            words.append(f"seeds {', '.join(absent)} are not measured yet")
+        cost = self.of(Job("cost", arm)) if self.study.costs else None
+        if self.study.costs and cost is None:
+            words.append("costs are not measured yet")
+        return tuple(words)
+
+    def examples(self) -> tuple[Item, ...]:
+        """Items from the hardest to the easiest, with the replies of every arm's first seed."""
+        first = {name: records[min(table)] for name, records in self.seeds.items() if (table := self.scores[name])}
+        if self.base is not None and self.base["status"] == DONE:
+            first = {BASE: self.base, **first}
+        if not first:
+            return ()
+        items = read_json(self.ledger.data / f"{self.plan['prints']['test']}.json")
+        if any(len(record["scores"]) != len(items) for record in first.values()):
+            raise LedgerError(f"{self.ledger.data} does not hold the items that the runs were measured on")
+        difficulty = np.mean([correct(record) for record in first.values()], axis=0)
+        order = np.argsort(difficulty, kind="stable")
+        chosen = order[np.unique(np.linspace(0, len(order) - 1, min(EXAMPLES, len(order))).round().astype(int))]
+        return tuple(
+            Item(*items[i], tuple(Reply(n, r["completions"][i], r["scores"][i]) for n, r in first.items()))
+            for i in map(int, chosen)
+        )
+
+
+def correct(record: Record) -> np.ndarray:
+    """0/1 for each item (I,)."""
+    return (np.asarray(record["scores"], dtype=float) >= RIGHT).astype(float)
+
+
+def point(value: float) -> Interval:
+    """A value that is exact: nothing about the base is random."""
+    return Interval(value, value, value)
+
+
+def mean(records: list[Record], key: str) -> float | None:
+    """The mean of a figure over runs; None without any."""
+    return float(np.mean([record[key] for record in records])) if records else None
+
+
+def over(records: list[Record], loss: str) -> Interval | None:
+    """A loss over seeds; None without any."""
+    values = [record["losses_after"][loss] for record in records if loss in record["losses_after"]]
+    return estimates.over_seeds(values) if values else None
+
+
+def edge(grid: list[float], rate: float | None) -> str:
+    """Which end of the grid the chosen rate is."""
+    if rate is None or len(grid) == 1:
+        return ""
+    return {grid[0]: "lowest", grid[-1]: "highest"}.get(rate, "")
+
+
+def losses_by_rate(tried: Mapping[float, Record | None]) -> dict[float, float | None]:
+    """Rate -> validation loss, None where the run failed; rates not tried are left out."""
+    return {
+        lr: record["losses_after"]["validation"] if record["status"] == DONE else None
+        for lr, record in tried.items()
+        if record is not None
+    }
+
+
+def failures(tried: Mapping[float, Record | None], seeds: Mapping[int, Record]) -> tuple[str, ...]:
+    """What failed, with reasons."""
+    runs = {f"learning rate {lr:g}": record for lr, record in tried.items()}
+    runs |= {f"seed {seed}": record for seed, record in seeds.items()}
+    return tuple(f"{what}: {run['reason']}" for what, run in runs.items() if run and run["status"] == FAILED)
+
+
+def as_cost(found: Mapping[str, Any]) -> Cost:
+    """Costs as the ledger holds them, with intervals made whole again."""
+    values = {key: value for key, value in found.items() if key in Cost.__dataclass_fields__}
+    spans = {key: Interval(**values[key]) for key in ("forward", "step") if values.get(key)}
+    return Cost(**{**values, **spans})
+
+
+def machines(records: list[Record]) -> tuple[str, ...]:
+    """What the runs ran on, a line for each combination, with how many."""
+    lines: dict[str, int] = {}
+    for record in records:
+        found = record["provenance"]
+        versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+        commit = (found["commit"] or "not a checkout")[:12] + ("+changes" if "+" in (found["commit"] or "") else "")
+        line = f"{found['device']} ({found['threads']} threads), {found['system']}; {versions}; commit {commit}"
+        lines[line] = lines.get(line, 0) + 1
+    return tuple(f"{count} runs: {line}" for line, count in lines.items())
+
+
+def setup(study: Study, plan: Mapping[str, Any]) -> dict[str, str]:
+    """Settings to show, label -> value."""
+    training, counts = study.training, plan["sources"]["tokens"]
+    return {
+        "training examples": f"{counts['train']['kept']} ({counts['train']['too_long']} too long, "
+        f"{counts['train']['empty']} empty left out)",
+        "validation examples": str(counts["validation"]["kept"]),
+        "test items": str(study.test_examples),
+        "steps x batch": f"{training.steps} x {training.batch_size}",
+        "learning rates": f"{study.rates} an arm, {study.rate_ratio:g} times apart, around {study.rate_factor:g} times "
+        "the registered default",
+        "schedule": f"warm-up {training.warmup:.0%}, cosine to {training.final_lr:.0%}, clip {training.clip:g}",
+        "seeds": f"{study.seeds}, after one for tuning",
+        "longest example": f"{study.max_length} tokens",
+        "longest reply": f"{plan['max_new_tokens']} tokens",
+        "layers": "all" if study.layers is None else ", ".join(map(str, study.layers)),
+        "targets": ", ".join(study.target_names or study.target_roles) + " (ia3 and ia3_ff choose their own)",
+        "data": "; ".join(f"{part} {digest}" for part, digest in plan["prints"].items()),
+    }

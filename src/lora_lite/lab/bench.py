@@ -1,0 +1,169 @@
+"""Run a study: one job after the other, each into the ledger, until all are there."""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+import lora_lite as ll
+from lora_lite.lab.cost import measured_costs
+from lora_lite.lab.evaluate import Evaluation
+from lora_lite.lab.ledger import DONE, FAILED, Ledger, publish, read_json, run_id
+from lora_lite.lab.provenance import provenance
+from lora_lite.lab.run import calibration
+from lora_lite.lab.study import Job, Study, jobs
+from lora_lite.lab.train import last_checkpoint, train
+from lora_lite.lab.workbench import Workbench, job_config, open_workbench, plan_of
+
+POLL_SECONDS = 2.0
+# What a method, a setting or the data can cause. A full disk, say, is no result of a run: it stops the study.
+FAILURES = (ll.LoraLiteError, RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError)
+
+
+def run_study(study: Study, folder: Path, command: str = "", retry_failed: bool = False) -> Ledger:
+    """Do all that a study asks for and the folder does not hold yet; returns the ledger.
+
+    May be stopped at any moment, and started again with the same folder; several processes may work on one.
+    command: what a reader types to run it again. retry_failed: try failed runs again.
+    Raises what is wrong with the study's task, data or model before anything is run.
+    """
+    ledger = Ledger(folder)
+    study.arms()  # errors in the line of arms come before the model is loaded
+    bench = open_workbench(study)
+    plan = {**plan_of(bench), "command": command}
+    publish(folder / "study.json", plan)
+    publish(ledger.data / f"{bench.prints['test']}.json", [[e.prompt, e.answer] for e in bench.test])
+    if retry_failed and (removed := ledger.forget_failures()):
+        tqdm.write(f"{removed} failed runs are tried again")
+    waiting = False
+    while todo := remaining(study, plan, ledger):
+        if do_one(todo, bench, plan, ledger):
+            waiting = False
+            continue
+        if not waiting:
+            tqdm.write(f"waiting for another process, which is at {', '.join(map(str, todo[:4]))}")
+        waiting = True
+        time.sleep(POLL_SECONDS)
+    return ledger
+
+
+def read_plan(folder: Path) -> tuple[Study, dict[str, Any]]:
+    """The study of a folder of results, and what its runs are found by. Raises `LedgerError` where there is none."""
+    plan = read_json(folder / "study.json")
+    return Study.from_dict(plan["study"]), plan
+
+
+def remaining(study: Study, plan: dict[str, Any], ledger: Ledger) -> list[Job]:
+    """The jobs that can be done, and are not."""
+    rates = chosen_rates(study, plan, ledger)
+    return [job for job in jobs(study, rates) if ledger.read(run_id(job_config(study, job, plan))) is None]
+
+
+def chosen_rates(study: Study, plan: dict[str, Any], ledger: Ledger) -> dict[str, float | None]:
+    """Arm -> the rate with the lowest validation loss, None if all failed. Left out: arms that are not tried at all
+    rates yet."""
+    found: dict[str, float | None] = {}
+    for arm in study.arms():
+        tried = {lr: ledger.read(run_id(job_config(study, Job("tune", arm, lr), plan))) for lr in study.grid(arm)}
+        if all(record is not None for record in tried.values()):
+            losses = {
+                lr: record["losses_after"]["validation"] for lr, record in tried.items() if record["status"] == DONE
+            }
+            found[arm.name] = min(losses, key=losses.__getitem__) if losses else None
+    return found
+
+
+def do_one(todo: list[Job], bench: Workbench, plan: dict[str, Any], ledger: Ledger) -> bool:
+    """Do the first job that no other process is at; whether there was one."""
+    for job in todo:
+        config = job_config(bench.study, job, plan)
+        with ledger.claim(run_id(config)) as mine:
+            if mine:
+                tqdm.write(f"[{len(todo)} to do] {job}")
+                status, found = attempt(job, bench, ledger.scratch(run_id(config)))
+                ledger.write(config, status, found)
+                ledger.tidy(run_id(config))
+                tqdm.write(f"  {told(status, found)}")
+                return True
+    return False
+
+
+def told(status: str, found: Mapping[str, Any]) -> str:
+    """A line about a run."""
+    words = [f"{found['seconds_in_all']:.0f} s"]
+    if status == FAILED:
+        words.append(f"FAILED: {found['reason']}")
+    if losses := found.get("losses_after"):
+        words.append(f"validation loss {losses['validation']:.4f}")
+    if "accuracy" in found:
+        words.append(f"accuracy {found['accuracy']:.1%}")
+    return ", ".join(words)
+
+
+def attempt(job: Job, bench: Workbench, scratch: Path) -> tuple[str, dict[str, Any]]:
+    """Do a job; its status and what it found. A failure is a result: its reason is kept, and the base is read anew."""
+    started = time.time()
+    try:
+        status, found = DONE, perform(job, bench, scratch)
+        bench.require_base()
+    except FAILURES as error:
+        status, found = FAILED, {"reason": f"{type(error).__name__}: {error}"}
+        bench.reload()
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started))
+    seconds = round(time.time() - started, 2)
+    return status, {**found, "started": stamp, "seconds_in_all": seconds, "provenance": provenance(bench.device)}
+
+
+def perform(job: Job, bench: Workbench, scratch: Path) -> dict[str, Any]:
+    """Do a job, and leave the model bare."""
+    if job.kind == "base":
+        return {"losses_after": bench.losses(forgetting=True), **replies(bench.answers())}
+    assert job.arm is not None
+    if job.kind == "cost":
+        study = bench.study
+        return {"cost": measured_costs(study.model, job.arm.with_seed(job.seed), bench.dtype, study.quantization)}
+    return train_and_measure(job, bench, scratch)
+
+
+def train_and_measure(job: Job, bench: Workbench, scratch: Path) -> dict[str, Any]:
+    """Attach, train, measure, detach. Goes on from a checkpoint in `scratch`, if a killed process left one."""
+    assert job.arm is not None
+    methods = job.arm.with_seed(job.seed)
+    training = dataclasses.replace(bench.study.training, lr=job.lr, seed=job.seed)
+    seconds: dict[str, float] = {}
+    if last_checkpoint(scratch) is None:
+        data = calibration(methods, bench.train, bench.pad, training.batch_size)
+        cost = ll.attach(bench.model, methods, data).cost
+        seconds |= {f"attach_{phase}": value for phase, value in cost.seconds.items()} if cost else {}
+    progress = train(bench.model, bench.train, bench.pad, training, scratch, resume=True)
+    found: dict[str, Any] = {
+        "curve": [round(loss, 6) for loss in progress.losses],
+        "tokens": progress.tokens,
+        "answer_tokens": progress.answer_tokens,
+        "losses_after": bench.losses(forgetting=job.kind == "seed"),
+        "trainable": ll.attachment(bench.model).num_trainable,
+        "stored_bytes": ll.save(bench.model, scratch / "adapter.safetensors").stat().st_size,
+    }
+    seconds["train"] = progress.seconds
+    if job.kind == "seed":
+        answers = bench.answers()
+        found |= replies(answers)
+        seconds["evaluate"] = answers.seconds
+    ll.detach(bench.model)
+    return {**found, "seconds": {key: round(value, 3) for key, value in seconds.items()}}
+
+
+def replies(answers: Evaluation) -> dict[str, Any]:
+    """An evaluation as plain data; prompts and answers are in the ledger's data, in the same order."""
+    return {
+        "accuracy": answers.accuracy,
+        "mentioned": answers.mention_rate,
+        "cut_off": answers.cut_off,
+        "new_tokens": answers.new_tokens,
+        "scores": [record.score for record in answers.records],
+        "completions": [record.completion for record in answers.records],
+    }

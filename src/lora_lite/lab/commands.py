@@ -1,0 +1,211 @@
+"""The commands of the lab, each a function from arguments to an exit code. The last line printed is JSON."""
+
+import argparse
+import dataclasses
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+
+from lora_lite.lab import flags, report as reports, tables
+from lora_lite.lab.analysis import analyse
+from lora_lite.lab.bench import run_study
+from lora_lite.lab.cost import cost_table, costs
+from lora_lite.lab.findings import Findings
+from lora_lite.lab.ledger import Ledger
+from lora_lite.lab.page import write_page
+from lora_lite.lab.probe import probe
+from lora_lite.lab.run import finetune, pick_device, pick_dtype
+from lora_lite.lab.study import Study, load_study, study_names
+
+# What to do after an interruption, by command.
+RESUME = {
+    "train": "the same command with --resume goes on from the last checkpoint",
+    "bench": "the same command goes on where it stopped",
+    "study": "the same command goes on where it stopped",
+    "cost": "nothing was written",
+    "report": "nothing was measured; start it again",
+}
+STYLE = (tyro.conf.OmitArgPrefixes,)
+
+
+def say(value: Any) -> None:
+    """The last line of output."""
+    print(json.dumps(value, sort_keys=True))
+
+
+def train(arguments: Sequence[str]) -> int:
+    """Fine-tune, and measure before and after; or probe."""
+    run, method, training = flags.parse(arguments)
+    if run.probe:
+        found = probe(run, method, training)
+        Console().print(found.table())
+        say(found.summary())
+        return 0 if found.ok else 1
+    result = finetune(run, method, training)
+    reports.show(result)
+    say(result.summary)
+    return 0
+
+
+@dataclass(frozen=True)
+class BenchFlags:
+    """A comparison.
+
+    Attributes:
+        study: what to compare.
+        out: folder of the results. None: runs/NAME. Finished runs in it are not done again.
+        retry_failed: try failed runs again.
+        tsv: write all runs as tab-separated values to this file as well.
+        no_page: only measure; `lora-lite report` makes the page later.
+    """
+
+    study: Study = field(default_factory=Study)
+    out: Path | None = None
+    retry_failed: bool = False
+    tsv: Path | None = None
+    no_page: bool = False
+
+
+BENCH = """Compare methods on a model and a task, with equal budgets, and say which differences are real.
+
+    lora-lite bench --methods lora,dora,'antipasto_arrow[block=8,32]' --task gsm_symbolic --steps 100
+    lora-lite bench --methods all --model Qwen/Qwen3-0.6B-Base --task metamath_gsm8k --quantization 4bit
+
+An arm is a method with settings; a setting with several values gives an arm for each. Every arm gets the same number of
+learning rates around its method's default, chosen on validation examples only, then --seeds seeds at the chosen one.
+Stop it at any moment: the same command goes on. Several processes may share --out. Failed runs are recorded with their
+reason, and the others go on. Exit code: 0 done, 1 failed, 2 flags not understood, 130 interrupted.
+"""
+STUDY = "Run a comparison that comes with the library. Its settings are the defaults of the flags of `lora-lite bench`."
+
+
+def bench(arguments: Sequence[str]) -> int:
+    """Compare."""
+    found = tyro.cli(BenchFlags, args=list(arguments), prog="lora-lite bench", description=BENCH, config=STYLE)
+    return compare(found, f"lora-lite bench {shlex.join(arguments)}")
+
+
+def study(arguments: Sequence[str]) -> int:
+    """Run a study of the library."""
+    names = study_names()
+    first = argparse.ArgumentParser(prog="lora-lite study", add_help=False)
+    first.add_argument("name", choices=names, nargs="?", metavar=f"{{{','.join(names)}}}")
+    first.add_argument("--smoke", action="store_true")
+    known, rest = first.parse_known_args(list(arguments))
+    if known.name is None:
+        lines = "\n".join(f"  {name}: {load_study(name).about}" for name in names)
+        usage = f"lora-lite study NAME [--smoke] [flags of lora-lite bench]\n\n{STUDY}\n--smoke: its small version."
+        print(f"{usage}\n\n{lines}")
+        return 0 if {"-h", "--help"} & set(rest) else 2
+    default = BenchFlags(load_study(known.name, known.smoke))
+    found = tyro.cli(
+        BenchFlags, args=rest, default=default, prog=f"lora-lite study {known.name}", description=STUDY, config=STYLE
+    )
+    return compare(found, f"lora-lite study {shlex.join(arguments)}")
+
+
+def compare(asked: BenchFlags, command: str) -> int:
+    """Run a study, and show what it found."""
+    folder = asked.out or Path("runs") / asked.study.name
+    ledger = run_study(asked.study, folder, command, asked.retry_failed)
+    if asked.tsv:
+        write_tsv(ledger, asked.tsv)
+    return show(folder, page=not asked.no_page)
+
+
+def write_tsv(ledger: Ledger, path: Path) -> None:
+    """All runs as tab-separated values."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(ledger.tsv(), encoding="utf-8")
+
+
+def show(folder: Path, page: bool) -> int:
+    """Print the table of a folder of results, and make its page; 1 if runs failed."""
+    findings = analyse(folder)
+    console = Console()
+    console.print(tables.terminal(findings))
+    for line in (*findings.notes, *(f"missing: {word}" for word in findings.missing), *failed(findings)):
+        console.print(line, markup=False, highlight=False)
+    written = write_page(findings, folder) if page else []
+    arms = {arm.arm: arm.accuracy.mean if arm.accuracy else None for arm in findings.arms}
+    pages = [str(path) for path in written]
+    say({"study": findings.name, "accuracy": arms, "missing": len(findings.missing), "files": pages})
+    return 1 if failed(findings) else 0
+
+
+def failed(findings: Findings) -> list[str]:
+    """A line for each failure."""
+    return [f"failed: {arm.arm}: {words}" for arm in findings.arms for words in arm.failures]
+
+
+@dataclass(frozen=True)
+class ReportFlags:
+    """A folder of results.
+
+    Attributes:
+        results: the folder that `lora-lite bench` or `lora-lite study` wrote.
+        tsv: write all runs as tab-separated values to this file as well.
+    """
+
+    results: tyro.conf.Positional[Path]
+    tsv: Path | None = None
+
+
+def report(arguments: Sequence[str]) -> int:
+    """Make the page of a folder of results: index.html, which needs no network, and pictures."""
+    about = "One self-contained page (index.html) and pictures (PNG) of a bench or study, in its folder, and its table."
+    found = tyro.cli(ReportFlags, args=list(arguments), prog="lora-lite report", description=about, config=STYLE)
+    if found.tsv:
+        write_tsv(Ledger(found.results), found.tsv)
+    show(found.results, page=True)
+    return 0
+
+
+@dataclass(frozen=True)
+class CostFlags:
+    """What to cost.
+
+    Attributes:
+        methods: the arms, as for `lora-lite bench`.
+        model: "smollm2" (embedded), a hub id or a local folder.
+        quantization: of the base: "none", "4bit" or "8bit".
+        dtype: of the base: "float32", "bfloat16" or "auto".
+        shapes: only what shapes tell: parameters, bytes and multiply-accumulates. Loads no weights: seconds for any size.
+        layers: indices of the layers to adapt. None: all.
+        target_names: regexes of the layers to adapt, for methods that do not choose their own.
+        target_roles: roles of the layers to adapt, for the same methods.
+    """
+
+    methods: tuple[str, ...] = ("all",)
+    model: str = Study.model
+    quantization: str = "none"
+    dtype: str = "auto"
+    shapes: bool = False
+    layers: tuple[int, ...] | None = None
+    target_names: tuple[str, ...] = ()
+    target_roles: tuple[str, ...] = Study.target_roles
+
+
+COST = """What methods cost on a model, without training.
+
+    lora-lite cost --shapes --model meta-llama/Llama-3.1-70B    from shapes alone, in seconds
+    lora-lite cost --methods lora,antipasto                     measured as well: time, memory, attaching, loading
+"""
+
+
+def cost(arguments: Sequence[str]) -> int:
+    """Count and measure what methods cost."""
+    asked = tyro.cli(CostFlags, args=list(arguments), prog="lora-lite cost", description=COST, config=STYLE)
+    shared = {key: getattr(asked, key) for key in ("methods", "layers", "target_names", "target_roles")}
+    arms = {arm.name: list(arm.configs) for arm in Study(**shared).arms()}
+    dtype = pick_dtype(asked.dtype, pick_device(None))
+    found = costs(asked.model, arms, dtype, asked.quantization, measure=not asked.shapes)
+    Console().print(cost_table(found))
+    say(found)
+    return 0

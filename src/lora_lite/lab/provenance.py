@@ -1,0 +1,82 @@
+"""Where a result comes from: machine, versions, commit; and the bits of a base, to see that they stay."""
+
+import hashlib
+import os
+import platform
+import re
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import lora_lite
+
+PACKAGES = ("lora-lite", "torch", "transformers", "datasets", "reasoning-gym", "bitsandbytes")
+MARK = "+changes"
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's as far as the system tells."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    models = re.findall(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else []
+    return f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a result depends on, of those installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """The commit of the library's checkout, marked if tracked files differ from it; None where it is none."""
+    package = Path(lora_lite.__file__).resolve().parent
+    try:
+        head = _git(package, "rev-parse", "HEAD")
+        inside = _git(package, "ls-files", "--error-unmatch", "__init__.py")
+        changed = _git(package, "status", "--porcelain", "--untracked-files=no", "--", str(package))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return (head + (MARK if changed else "")) if inside else None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=60)
+    return done.stdout.strip()
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """What to write beside a result."""
+    return {
+        "commit": commit(),
+        "versions": versions(),
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+@torch.no_grad()
+def base_print(model: nn.Module) -> str:
+    """A fingerprint of every weight and buffer of a model without adapters: 16 hex digits.
+
+    From the sums of each tensor's bits as integers, which any changed bit moves; some tenths of a second for 10^8 values.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted({**dict(model.named_parameters()), **dict(model.named_buffers())}.items()):
+        flat = tensor.detach().clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8)
+        words = flat[: flat.numel() // 8 * 8].view(torch.int64)  # sums of int64 wrap around, which does no harm
+        rest = flat[flat.numel() // 8 * 8 :]
+        sums = (int(words.sum()), int(rest.sum(dtype=torch.int64)))
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {sums}\n".encode())
+    return digest.hexdigest()[:16]
