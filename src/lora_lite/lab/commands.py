@@ -1,7 +1,6 @@
 """The commands of the lab, each a function from arguments to an exit code. The last line printed is JSON."""
 
 import argparse
-import dataclasses
 import json
 import shlex
 from collections.abc import Sequence
@@ -12,7 +11,8 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from lora_lite.lab import flags, report as reports, tables
+from lora_lite.lab import flags, tables
+from lora_lite.lab import report as reports
 from lora_lite.lab.analysis import analyse
 from lora_lite.lab.bench import run_study
 from lora_lite.lab.cost import cost_table, costs
@@ -176,7 +176,7 @@ class CostFlags:
         model: "smollm2" (embedded), a hub id or a local folder.
         quantization: of the base: "none", "4bit" or "8bit".
         dtype: of the base: "float32", "bfloat16" or "auto".
-        shapes: only what shapes tell: parameters, bytes and multiply-accumulates. Loads no weights: seconds for any size.
+        shapes: only what shapes tell: parameters, bytes and multiply-accumulates. It loads no weights.
         layers: indices of the layers to adapt. None: all.
         target_names: regexes of the layers to adapt, for methods that do not choose their own.
         target_roles: roles of the layers to adapt, for the same methods.

@@ -1,4 +1,4 @@
-"""What a study found, as plain data: what tables, pages and README are made of. `analysis.py` fills it from a ledger."""
+"""What a study found, as plain data: what tables, pages and README are made of. `analysis.py` fills it."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -66,8 +66,8 @@ class Finding:
         arm: its name, such as "lora" or "antipasto_arrow[block=32]". method: registry name ("base" for no adapter).
         title, arxiv: the method's paper.
         seeds: seeds measured. wanted_seeds: seeds that the study asks for.
-        rates: learning rate -> validation loss (nats a token) at that rate; a rate not run yet is missing, one whose run
-            failed is None.
+        rates: learning rate -> validation loss (nats a token) at that rate; a rate not run yet is missing; None: it
+            failed.
         rate: the chosen rate; None before all are tried. edge: "lowest" or "highest" where it is the grid's end.
         accuracy: mean over seeds, 95% interval over seeds and items; None if nothing is measured.
         by_seed: accuracy of each seed.

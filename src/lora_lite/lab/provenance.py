@@ -70,7 +70,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
 def base_print(model: nn.Module) -> str:
     """A fingerprint of every weight and buffer of a model without adapters: 16 hex digits.
 
-    From the sums of each tensor's bits as integers, which any changed bit moves; some tenths of a second for 10^8 values.
+    From the sums of each tensor's bits as integers, which any changed bit moves; tenths of a second for 10^8 values.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted({**dict(model.named_parameters()), **dict(model.named_buffers())}.items()):

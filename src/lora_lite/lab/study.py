@@ -1,4 +1,4 @@
-"""A study: what to compare, on what, how often. Declared as data; the studies of the library are files in `studies/`."""
+"""A study: what to compare, on what, how often. Declared as data; the library's own are files in `studies/`."""
 
 import dataclasses
 import math
@@ -46,8 +46,8 @@ class Study:
         test_examples: items to measure on, the same for all.
         seeds: how many seeds at the chosen rate; they are 1, 2, ... (tuning uses 0).
         rates: how many learning rates to try for each arm; odd, so that the middle one is the centre.
-        rate_factor: the centre of every arm's rates as a multiple of its method's registered default. Short studies need
-            larger ones.
+        rate_factor: the centre of every arm's rates as a multiple of its method's registered default. Short studies
+            need larger ones.
         rate_ratio: from one rate to the next.
         training: steps, batch size and schedule. Its lr and seed are set by the study.
         target_names: regexes of the layers to adapt, for methods that do not choose their own.
@@ -200,7 +200,7 @@ class Job:
 def jobs(study: Study, chosen: Mapping[str, float | None]) -> Iterable[Job]:
     """What there is to do, in order: breadth first, so that a study that is cut short has something of every arm.
 
-    chosen: arm -> its chosen rate; an arm that is not in it is still being tuned, and one with None failed at every rate.
+    chosen: arm -> its chosen rate; an arm that is not in it is still being tuned, None: every rate failed.
     """
     arms = study.arms()
     yield Job("base")
