@@ -82,7 +82,7 @@ def test_accuracy_counts_full_scores_only(parrot: LlamaForCausalLM, tokenizer: P
     result = evaluate(parrot, tokenizer, task, examples, progress=False)
     assert result.accuracy == 0.25
     assert result.mean_score == pytest.approx(2.49 / 4)
-    assert result.mention_rate == 0.5  # "r 2" as it stands, and "r" as a word of "r 3"
+    assert result.mention_rate == 0.75  # the right one, "r 2" as it stands, and "r" as a word of "r 3"
 
 
 @pytest.mark.parametrize("training", [True, False])

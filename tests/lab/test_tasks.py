@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_lite.lab import tasks
+from lora_lite.lab import gym, tasks
 from lora_lite.lab.tasks import Example, Task, TaskError
 
 GENERATORS = [
@@ -122,7 +122,7 @@ def test_a_finite_source_gives_all_it_has_then_says_so() -> None:
 
 def test_an_endless_source_of_few_contents_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "PATIENCE", 50)
-    task = Task("few", tasks.split_by_content(lambda seed: itertools.cycle(rows(30))), tasks.exact_score)
+    task = Task("few", tasks.split_by_content(lambda seed: itertools.cycle(rows(30))), tasks.EXACT)
     with pytest.raises(TaskError, match="distinct train"):
         task.examples("train", 31)
 
@@ -150,7 +150,7 @@ def test_a_score_of_nan_is_an_error() -> None:
 
 def test_prompts_are_built_from_a_template_even_with_braces_in_the_question() -> None:
     assert tasks.build_prompt(" {x} = 1 ", "Q: {question}\nA:") == "Q: {x} = 1\nA:"
-    task = tasks.gym_task("gcd", instruction="Short.", template="Task: {question}")
+    task = gym.gym_task("gcd", instruction="Short.", template="Task: {question}")
     example = task.examples("train", 1)[0]
     assert example.prompt.startswith("Task: Find") and example.instruction == "Short."
 
@@ -166,60 +166,3 @@ def test_what_every_question_repeats_can_be_dropped() -> None:
 def test_a_bad_drop_is_an_error(drop: str, message: str) -> None:
     with pytest.raises(TaskError, match=message):
         tasks.build_prompt("2 + 2", drop=drop)
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("#### 1,234", "1234"),
-        ("3 apples and -4.50 dollars.", "-4.50"),
-        ("x = .5", ".5"),
-        ("none", ""),
-        ("12.", "12"),
-        ("5-3", "-3"),
-    ],
-)
-def test_last_number(text: str, number: str) -> None:
-    assert tasks.last_number(text) == number
-
-
-@pytest.mark.parametrize(
-    ("answer", "completion", "score"),
-    [
-        ("18", "so she makes $18.00 a day", 1.0),
-        ("#### 1,000", "1000", 1.0),
-        ("18", "18 or 19", 0.0),
-        ("18", "", 0.0),
-        ("many", "18", 0.0),
-    ],
-)
-def test_numeric_score(answer: str, completion: str, score: float) -> None:
-    assert tasks.numeric_score(Example("q", answer, "t"), completion) == score
-
-
-@pytest.mark.parametrize(
-    ("answer", "completion", "found"),
-    [
-        ("aunt", "She is his Aunt.", True),
-        ("aunt", "She haunts him", False),
-        ("-3", "it is -3", True),
-        ("3", "it is 13", False),
-        ("a (b)", "an A (b)!", True),
-        (" ", "anything", False),
-    ],
-)
-def test_mentions(answer: str, completion: str, found: bool) -> None:
-    assert tasks.mentions(Example("q", answer, "t"), completion) is found
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [("so <answer> 4 </answer> <answer>5</answer>", "5"), (" 6 ", "6"), ("<answer>a\nb</answer>.", "a\nb")],
-)
-def test_tagged_answer(text: str, answer: str) -> None:
-    assert tasks.tagged_answer(text) == answer
-
-
-def test_exact_score_ignores_case_and_blanks_only() -> None:
-    example = Example("q", "Kai  and River", "t")
-    assert [tasks.exact_score(example, a) for a in ("kai and\nriver", "kai and river.")] == [1.0, 0.0]

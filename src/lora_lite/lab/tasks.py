@@ -1,7 +1,7 @@
 """Tasks: seeded examples in splits that share no content, and a verifier that scores a completion.
 
 A task is data: a source of examples and a scoring function. Anything that can say those two things is a task; the
-generators of reasoning-gym are one supplier, a list of rows from a file is another (`from_examples`).
+generators of reasoning-gym (`gym`) and the rows of data sets and files (`row_tasks`) are the suppliers.
 
     task = load_task("family_relationships")
     train, test = task.examples("train", 480, seed=0), task.examples("test", 100, seed=0)
@@ -9,28 +9,25 @@ generators of reasoning-gym are one supplier, a list of rows from a file is anot
 """
 
 import ast
-import difflib
 import hashlib
+import inspect
 import itertools
 import math
 import random
 import re
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from pathlib import Path
 from typing import Any
 
-import reasoning_gym
-from reasoning_gym.factory import DATASETS
-
 from lora_lite.errors import LoraLiteError
+from lora_lite.lab.scoring import RIGHT, Scorer, exact, normal
 
 # Shares of the content space, in percent. Membership is a hash of the prompt, so it depends neither on the seed nor on
 # how many examples are drawn: two runs, or two machines, can never train on each other's test items.
 SPLITS = {"test": range(0, 20), "validation": range(20, 30), "train": range(30, 100)}
 INSTRUCTION = "Reply with the answer only."
-TEMPLATE = "{question}"
-BLOCK = 512  # items generated from one dataset object
 PATIENCE = 4000  # draws without a new example after which a source counts as exhausted
 
 
@@ -45,6 +42,8 @@ class Example:
     prompt: what the model is asked. answer: what training teaches, and one that the verifier accepts.
     task: name of the task that made it. instruction: how to answer, given as the system message.
     entry: whatever else the verifier needs.
+    chat: whether the prompt goes into the model's chat template. False: the model sees it as it stands, without
+    instruction, and the answer follows after a blank, or at once where the prompt ends in one.
     """
 
     prompt: str
@@ -52,6 +51,7 @@ class Example:
     task: str
     instruction: str = INSTRUCTION
     entry: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    chat: bool = True
 
 
 Source = Callable[[str, int], Iterator[Example]]  # (split, seed) -> examples of that split, with repetitions
@@ -66,6 +66,9 @@ class Task:
     verify: (example, extracted answer) -> score in [0, 1].
     extract: completion -> the part that is the answer; by default everything, without surrounding blanks.
     max_new_tokens: what an answer may take; None lets the evaluation measure it on training answers.
+    provenance: where the examples come from, as plain data: of rows the source, their number, their fingerprint and
+    what was left out; of a generator its package's version and its parameters.
+    notes: what a reader must be told beside every number of this task.
     """
 
     name: str
@@ -73,6 +76,8 @@ class Task:
     verify: Verifier
     extract: Callable[[str], str] = str.strip
     max_new_tokens: int | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def distinct(self, split: str, seed: int = 0) -> Iterator[Example]:
         """Examples of a split in seeded order, each content once. Ends when PATIENCE draws bring nothing new."""
@@ -114,7 +119,7 @@ class Task:
 
 def content_key(prompt: str) -> bytes:
     """A hash of the words of a prompt; case and blanks do not count."""
-    return hashlib.sha256(" ".join(prompt.casefold().split()).encode()).digest()
+    return hashlib.sha256(normal(prompt).encode()).digest()
 
 
 def split_of(prompt: str) -> str:
@@ -137,15 +142,38 @@ def split_by_content(stream: Callable[[int], Iterator[Example]]) -> Source:
     return source
 
 
-# ---- prompts, answers and scores: pure functions
+def fingerprint(examples: Sequence[Example]) -> str:
+    """A hash of the prompts and answers, in their order: 16 hex digits."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(repr((example.prompt, example.answer)).encode())
+    return digest.hexdigest()[:16]
 
 
-def build_prompt(question: str, template: str = TEMPLATE, drop: str = "") -> str:
+def require_sound_key(task: Task, examples: Sequence[Example]) -> None:
+    """Raise TaskError unless every example's own reference answer gets the full score."""
+    wrong = [example for example in examples if task.score(example, example.answer) < RIGHT]
+    if wrong:
+        first = wrong[0]
+        raise TaskError(
+            f"the answer key of {task.name!r} is wrong: {len(wrong)} of {len(examples)} reference answers "
+            f"({len(wrong) / len(examples):.1%}) do not get the full score from the task's own scorer; the first is "
+            f"{textwrap.shorten(first.answer, 120)!r}, to the question {textwrap.shorten(first.prompt, 200)!r}; "
+            "name the field that holds the answers, a scorer that fits them, or take such rows out"
+        )
+
+
+# ---- prompts
+
+
+def build_prompt(question: str, template: str = "", drop: str = "", chat: bool = True) -> str:
     """The question put into a template with the one field {question}.
 
+    template: "" is the question alone, and a line end after it for a plain prompt (chat=False).
     drop: regular expression of what to leave out first, such as a preamble that is the same for every question
     (tokens cost time); "." matches line ends too. Raises TaskError if it is no expression, or leaves nothing.
     """
+    template = template or ("{question}" if chat else "{question}\n")
     if "{question}" not in template:
         raise TaskError(f"the template {template!r} has no {{question}}")
     try:
@@ -157,90 +185,45 @@ def build_prompt(question: str, template: str = TEMPLATE, drop: str = "") -> str
     return template.replace("{question}", kept)
 
 
-def last_number(text: str) -> str:
-    """The last number in a text, without thousands separators; "" if there is none. GSM8K's "#### 1,234" -> "1234"."""
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+", text)
-    return found[-1].replace(",", "") if found else ""
+def require_no_instruction(instruction: str | None, chat: bool) -> None:
+    """Raise TaskError for an instruction beside a plain prompt, which would not carry it."""
+    if instruction and not chat:
+        raise TaskError(
+            f"a plain prompt (chat=False) carries no instruction, got {instruction!r}; put it into the template"
+        )
 
 
-def tagged_answer(text: str) -> str:
-    """What stands in the last <answer>...</answer>; the whole text where there is none."""
-    found = re.findall(r"<answer>(.*?)</answer>", text, flags=re.DOTALL)
-    return (found[-1] if found else text).strip()
+# ---- tasks from lists, from tasks, and from a line of text
 
 
-def exact_score(example: Example, answer: str) -> float:
-    """1 if the answer is the expected one; case and blanks do not count."""
-    return float(content_key(answer) == content_key(example.answer))
+def by_reference(scorer: Scorer) -> Verifier:
+    """The verifier that scores an answer against the example's own."""
+    return lambda example, answer: scorer(example.answer, answer)
 
 
-def numeric_score(example: Example, answer: str) -> float:
-    """1 if the last numbers of both are equal (to 1e-6, relative); 0 where either has none."""
-    given, expected = last_number(answer), last_number(example.answer)
-    return float(bool(given and expected) and math.isclose(float(given), float(expected), rel_tol=1e-6, abs_tol=1e-9))
+EXACT = by_reference(exact)
 
 
-def mentions(example: Example, completion: str) -> bool:
-    """Whether the answer occurs anywhere as whole words: what a reader who ignores the format would count."""
-    answer = re.escape(example.answer.strip().casefold())
-    return bool(answer) and re.search(rf"(?<!\w){answer}(?!\w)", completion.casefold()) is not None
+def from_splits(name: str, parts: Mapping[str, Sequence[Example]], verify: Verifier = EXACT, **options: Any) -> Task:
+    """A task from finite lists, one a split, that share no content; each is shuffled by the seed.
 
-
-# ---- suppliers
-
-
-def from_examples(name: str, examples: Sequence[Example], verify: Verifier = exact_score, **options: Any) -> Task:
-    """A task from a finite list (a file, a data set), split by content and shuffled by the seed.
-
-    options: `extract` and `max_new_tokens` of Task.
+    options: further fields of Task.
     """
 
-    def stream(seed: int) -> Iterator[Example]:
-        order = list(range(len(examples)))
-        random.Random(derive_seed(name, seed)).shuffle(order)
-        return (examples[index] for index in order)
+    def source(split: str, seed: int) -> Iterator[Example]:
+        order = list(parts.get(split, ()))
+        random.Random(derive_seed(name, split, seed)).shuffle(order)
+        return iter(order)
 
-    return Task(name, split_by_content(stream), verify, **options)
-
-
-def gym_task(
-    name: str, instruction: str = INSTRUCTION, template: str = TEMPLATE, drop: str = "", **params: Any
-) -> Task:
-    """A task from a reasoning-gym generator with its own verifier.
-
-    template, drop: see `build_prompt`. params: fields of the generator's config.
-    """
-    if name not in DATASETS:
-        close = difflib.get_close_matches(name, DATASETS, n=3) or sorted(DATASETS)
-        raise TaskError(f"no reasoning-gym generator {name!r}; did you mean {', '.join(close)}?")
-    judge = _gym_dataset(name, params, seed=0)
-    if not isinstance(judge[0]["answer"], str):
-        raise TaskError(f"the generator {name!r} gives no answer text, so nothing can be learned from it")
-
-    def stream(seed: int) -> Iterator[Example]:
-        for block in itertools.count():
-            dataset = _gym_dataset(name, params, derive_seed(name, seed, block))
-            for index in range(BLOCK):
-                entry = dataset[index]
-                prompt = build_prompt(entry["question"], template, drop)
-                yield Example(prompt, entry["answer"].strip(), name, instruction, entry)
-
-    return Task(name, split_by_content(stream), partial(_gym_verify, judge))
+    return Task(name, source, verify, **options)
 
 
-def _gym_dataset(name: str, params: Mapping[str, Any], seed: int) -> Any:
-    try:
-        return reasoning_gym.create_dataset(name, seed=seed, size=BLOCK, **params)
-    except (TypeError, ValueError, AssertionError) as error:
-        fields = [f for f in DATASETS[name][1].__dataclass_fields__ if f not in ("seed", "size")]
-        raise TaskError(f"{name!r} refuses {dict(params)}: {error}; its parameters are {', '.join(fields)}") from error
-
-
-def _gym_verify(judge: Any, example: Example, answer: str) -> float:
-    try:
-        return judge.score_answer(answer, example.entry)
-    except (ValueError, TypeError, KeyError):
-        return 0.0  # several generators' verifiers parse what they are given without a guard; what fails is no answer
+def from_examples(name: str, examples: Sequence[Example], verify: Verifier = EXACT, **options: Any) -> Task:
+    """A task from one finite list, split by content. options: further fields of Task."""
+    parts: dict[str, list[Example]] = {split: [] for split in SPLITS}
+    for example in examples:
+        parts[split_of(example.prompt)].append(example)
+    return from_splits(name, parts, verify, **options)
 
 
 def mixture(tasks: Sequence[Task]) -> Task:
@@ -259,17 +242,40 @@ def mixture(tasks: Sequence[Task]) -> Task:
 
     budgets = [task.max_new_tokens for task in tasks]
     budget = None if None in budgets else max(b for b in budgets if b is not None)
-    return Task("+".join(by_name), source, verify, extract=str, max_new_tokens=budget)
+    provenance = {task.name: task.provenance for task in tasks}
+    notes = tuple(dict.fromkeys(note for task in tasks for note in task.notes))
+    return Task("+".join(by_name), source, verify, str, budget, provenance, notes)
 
 
 def load_task(spec: str) -> Task:
-    """A task from a line of text: "name", "name:key=value,key=value" (arguments of `gym_task`), or several with "+".
+    """A task from a line of text: "name", "name:key=value,key=value", or several with "+".
 
-    Values are Python literals, anything else is a string: "spell_backward:max_word_len=5+gcd".
-    Raises TaskError for an unknown name (with near misses) or a parameter that the generator refuses.
+    A name is one of `row_tasks.TASKS` (gsm8k, metamath_gsm8k, jsonl), a file of your own ("mine.jsonl" is short for
+    "jsonl:path=mine.jsonl"), or a generator of reasoning-gym; the keys are the arguments of its function, there or in
+    `gym.gym_task`. Values are Python literals, anything else is a string: "spell_backward:max_word_len=5+gcd". A comma
+    between brackets is part of a value, and so is a "+" that no name follows.
+    Raises TaskError for an unknown name (with near misses), or a parameter that does not exist or is refused.
     """
-    tasks = [gym_task(name, **params) for name, params in map(parse_spec, spec.split("+"))]
+    tasks = [_supply(*parse_spec(part)) for part in re.split(r"\+(?=\s*[\w./~-]+\s*(?::|\+|$))", spec)]
     return tasks[0] if len(tasks) == 1 else mixture(tasks)
+
+
+def _supply(name: str, params: dict[str, Any]) -> Task:
+    # Imported here: the suppliers build on this module, and reasoning-gym takes seconds to import.
+    from lora_lite.lab.corpora import READERS
+    from lora_lite.lab.row_tasks import TASKS
+
+    if Path(name).suffix in READERS:
+        name, params = "jsonl", {"path": name, **params}
+    if name in TASKS:
+        known = inspect.signature(TASKS[name]).parameters
+        unknown = [key for key in params if key not in known]
+        if unknown:
+            raise TaskError(f"the task {name!r} has no parameter {unknown[0]!r}; it has {', '.join(known)}")
+        return TASKS[name](**params)
+    from lora_lite.lab.gym import gym_task
+
+    return gym_task(name, **params)
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:

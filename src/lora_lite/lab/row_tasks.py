@@ -1,0 +1,218 @@
+"""Tasks from rows of questions and answers: GSM8K, MetaMathQA judged by GSM8K, and a file of your own.
+
+Rows without question or answer, repeated questions, and training rows that are held-out questions too, or whose own
+answer gets no full score, are left out and counted in the task's provenance. A held-out answer that does not score is
+an error.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from lora_lite.lab.corpora import load_rows
+from lora_lite.lab.scoring import RIGHT, Scorer, numeric, scorer
+from lora_lite.lab.tasks import (
+    SPLITS,
+    Example,
+    Task,
+    TaskError,
+    build_prompt,
+    by_reference,
+    content_key,
+    fingerprint,
+    from_splits,
+    require_no_instruction,
+    require_sound_key,
+    split_of,
+)
+
+GSM8K = "openai/gsm8k:main"
+METAMATH = "meta-math/MetaMathQA"
+MATH_TEMPLATE = "Question: {question} Think step by step.\nAnswer:"
+METAMATH_NOTE = (
+    "MetaMathQA's questions derive from GSM8K's training questions, of which the validation items are a part: "
+    "validation numbers flatter, and only the test is unseen."
+)
+VALIDATION_ROWS = 500
+_CALCULATOR = re.compile(r"<<.*?>>")  # GSM8K's "<<48/2=24>>", meant for a tool
+
+Maker = Callable[[str, str], Example]  # (question, answer) -> example
+
+
+@dataclass
+class Part:
+    """The examples of one split by their content keys, where they are from, and how many rows were left out why."""
+
+    examples: dict[bytes, Example]
+    origin: dict[str, str]
+    left_out: Counter[str]
+
+    def leave_out(self, why: str, keys: list[bytes]) -> None:
+        """Take examples out, and count them."""
+        for key in keys:
+            del self.examples[key]
+        self.left_out[why] += len(keys)
+
+    def provenance(self) -> dict[str, Any]:
+        """What is known of the rows, as plain data."""
+        rows = list(self.examples.values())
+        kept = {"rows": len(rows), "fingerprint": fingerprint(rows)}
+        return {**self.origin, **kept, "left_out": {why: n for why, n in self.left_out.items() if n}}
+
+
+def gsm8k_task(
+    path: str = GSM8K,
+    validation: int | None = None,
+    keep_annotations: bool = False,
+    max_new_tokens: int | None = None,
+) -> Task:
+    """GSM8K: training and validation from its training rows, test from its 1,319 test rows.
+
+    path: a hub id, or a folder with train.jsonl and test.jsonl (fields question and answer).
+    validation: how many training rows are held back; None is 500, or a tenth where there are few.
+    keep_annotations: teach the calculator annotations ("<<48/2=24>>") too.
+    max_new_tokens: what an answer may take; None measures it.
+    """
+
+    def make(question: str, answer: str) -> Example:
+        kept = answer if keep_annotations else _CALCULATOR.sub("", answer)
+        return Example(build_prompt(question, MATH_TEMPLATE), kept, "gsm8k", "", chat=False)
+
+    train = read_part(path, "train", make)
+    parts = {"train": train, "validation": hold_back(train, validation), "test": read_part(path, "test", make)}
+    return assemble("gsm8k", parts, numeric, max_new_tokens=max_new_tokens)
+
+
+def metamath_gsm8k_task(
+    train: str = METAMATH,
+    gsm8k: str = GSM8K,
+    test: str = "",
+    validation: int | None = None,
+    max_new_tokens: int | None = None,
+) -> Task:
+    """Training on MetaMathQA, validation on a part of GSM8K's training rows, test on GSM8K's 1,319 test rows.
+
+    train: a hub id, folder or file with the fields query and response.
+    gsm8k: a hub id or folder with the splits train and test (fields question and answer).
+    test: a source of test rows with these fields; "" is the test split of `gsm8k`.
+    validation, max_new_tokens: see `gsm8k_task`.
+    """
+    name = "metamath_gsm8k"
+
+    def make(question: str, answer: str) -> Example:
+        return Example(build_prompt(question, MATH_TEMPLATE), answer, name, "", chat=False)
+
+    parts = {
+        "train": read_part(train, "train", make, "query", "response"),
+        "validation": hold_back(read_part(gsm8k, "train", make), validation),
+        "test": read_part(test or gsm8k, "test", make),
+    }
+    return assemble(name, parts, numeric, (METAMATH_NOTE,), max_new_tokens)
+
+
+def jsonl_task(
+    path: str,
+    question: str = "question",
+    answer: str = "answer",
+    score: str = "exact",
+    pattern: str = "",
+    validation: str = "",
+    test: str = "",
+    chat: bool = True,
+    instruction: str = "",
+    template: str = "",
+    drop: str = "",
+    max_new_tokens: int | None = None,
+) -> Task:
+    """Your own questions and answers, from a file (jsonl, json, csv, parquet), a folder or a hub id.
+
+    question, answer: names of the fields. score: "exact", "numeric" or "regex" (with its pattern); see `scoring`.
+    validation, test: files of their own; without one, that split is the rows whose content hash falls into its share.
+    chat: False for plain prompts, without the model's chat template. instruction: the system message of a chat.
+    template, drop: see `build_prompt`. max_new_tokens: what an answer may take; None measures it.
+    """
+    require_no_instruction(instruction, chat)
+    judge = scorer(score, pattern)
+
+    def make(asked: str, told: str) -> Example:
+        return Example(build_prompt(asked, template, drop, chat), told, str(path), instruction, chat=chat)
+
+    whole = read_part(str(path), "train", make, question, answer)
+    given = {"validation": validation, "test": test}
+    parts = {split: read_part(file, split, make, question, answer) for split, file in given.items() if file}
+    shares = {split: Part({}, whole.origin, Counter()) for split in SPLITS if split not in parts}
+    shares["train"].left_out = whole.left_out
+    for key, example in whole.examples.items():
+        share = split_of(example.prompt)
+        shares[share if share in shares else "train"].examples[key] = example
+    return assemble(str(path), {**parts, **shares}, judge, max_new_tokens=max_new_tokens)
+
+
+TASKS: dict[str, Callable[..., Task]] = {
+    "gsm8k": gsm8k_task,
+    "metamath_gsm8k": metamath_gsm8k_task,
+    "jsonl": jsonl_task,
+}
+
+
+def read_part(source: str, split: str, make: Maker, question: str = "question", answer: str = "answer") -> Part:
+    """The rows of a split as examples; those without question or answer and repeated questions left out and counted."""
+    rows = load_rows(source, split, (question, answer))
+    part = Part({}, {"from": source, "split": split}, Counter())
+    for row in tqdm(rows, desc=f"read {source}", unit="row", disable=len(rows) < 50_000):
+        asked, told = (str(row[name]).strip() if row[name] is not None else "" for name in (question, answer))
+        if not asked or not told:
+            part.left_out["without question or answer"] += 1
+            continue
+        example = make(asked, told)
+        key = content_key(example.prompt)
+        if key in part.examples:
+            part.left_out["a question that came before"] += 1
+        part.examples.setdefault(key, example)
+    return part
+
+
+def hold_back(train: Part, count: int | None) -> Part:
+    """Take the `count` examples of the smallest content keys out of `train`: the same ones whatever their order."""
+    there = len(train.examples)
+    taken = max(1, min(VALIDATION_ROWS, there // 10)) if count is None else count
+    if not 0 < taken < there:
+        raise TaskError(f"cannot hold back {taken} of the {there} rows of {train.origin['from']!r} for validation")
+    return Part({key: train.examples.pop(key) for key in sorted(train.examples)[:taken]}, train.origin, Counter())
+
+
+def assemble(
+    name: str,
+    parts: dict[str, Part],
+    judge: Scorer,
+    notes: tuple[str, ...] = (),
+    max_new_tokens: int | None = None,
+) -> Task:
+    """A task whose splits share no content and whose answers all score.
+
+    Raises TaskError if a held-out answer does not score, or no training example is left.
+    """
+    held_out: set[bytes] = set()
+    for split in ("test", "validation", "train"):
+        part = parts[split]
+        part.leave_out("also a held-out question", [key for key in part.examples if key in held_out])
+        held_out |= part.examples.keys()
+    verify = by_reference(judge)
+    lists = {split: list(part.examples.values()) for split, part in parts.items()}
+    whole = from_splits(name, lists, verify)
+    for split in ("test", "validation"):
+        require_sound_key(whole, lists[split])
+    train = parts["train"]
+    unsound = [key for key, example in train.examples.items() if whole.score(example, example.answer) < RIGHT]
+    if len(unsound) == len(train.examples):
+        require_sound_key(whole, lists["train"])
+    train.leave_out("own answer does not score", unsound)
+    if not train.examples:
+        raise TaskError(f"no training example of {name!r} is left; left out: {dict(train.left_out)}")
+    lists["train"] = list(train.examples.values())
+    provenance = {split: parts[split].provenance() for split in SPLITS}
+    return from_splits(name, lists, verify, max_new_tokens=max_new_tokens, provenance=provenance, notes=notes)

@@ -1,0 +1,111 @@
+"""Scores of answers: pure functions of two texts, the reference answer and the one that is given.
+
+final_number("16 - 3 = 13 eggs.\\n#### 13")            # Decimal("13")
+numeric("#### 1,234", "So the answer is $1234.00.")    # 1.0
+scorer("regex", r"colou?r: (\\w+)")("color: red", "The colour: red")    # 1.0
+"""
+
+import re
+from collections.abc import Callable
+from decimal import Decimal
+
+from lora_lite.errors import LoraLiteError
+
+RIGHT = 1 - 1e-6  # an answer with this score is right; verifiers work in floats
+
+Scorer = Callable[[str, str], float]  # (reference answer, given answer) -> score in [0, 1]
+
+_MARK = "####"  # GSM8K's, before the answer
+_SPOKEN = re.compile(r"the\s+answer\s+is", re.IGNORECASE)  # MetaMathQA's
+# A minus is a sign unless it stands behind something to subtract from or to join: "= -3" and "-$3" are negative, "5-3"
+# and "COVID-19" are not. Commas count between groups of three digits only: "1,234" is one number, "1,2,3" are three.
+_NUMBER = re.compile(
+    r"(?:(?<![\w)\]%])(?P<sign>[-−])[$€£¥]?)?(?P<digits>\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|(?<!\w)\.\d+)",
+    re.ASCII,
+)
+
+
+class ScoringError(LoraLiteError, ValueError):
+    """A scorer that does not exist or cannot be made; the message says which there are, or what the pattern lacks."""
+
+
+def final_number(text: str) -> Decimal | None:
+    """The number that a text comes to; None if there is none.
+
+    It is the first number after the last "####"; without that mark, the first after the last "The answer is" (in any
+    case); without either, the last number of the text. A mark that no number follows gives None: a number in the
+    reasoning before it is not the answer. Currency, thousands commas, units, percent signs and a full stop at the end
+    do not count: "-$1,234.50." is -1234.5, "50%" is 50.
+    """
+    marks = [match.end() for match in _SPOKEN.finditer(text)]
+    if _MARK in text:
+        marks = [text.rindex(_MARK) + len(_MARK)]
+    found = list(_NUMBER.finditer(text[marks[-1] :] if marks else text))
+    if not found:
+        return None
+    number = found[0 if marks else -1]
+    value = Decimal(number["digits"].replace(",", ""))
+    return -value if number["sign"] else value
+
+
+def exact(reference: str, answer: str) -> float:
+    """1 if the answer is the reference; case and blanks do not count."""
+    return float(normal(reference) == normal(answer))
+
+
+def numeric(reference: str, answer: str) -> float:
+    """1 if the final numbers of both are equal as decimals (18.00 is 18); 0 where either has none."""
+    expected = final_number(reference)
+    return float(expected is not None and expected == final_number(answer))
+
+
+def regex(pattern: str) -> Scorer:
+    """A scorer that compares what the one group of a pattern holds in its last match, without surrounding blanks.
+
+    The pattern is searched in the reference and in the answer; a text that it does not match scores 0.
+    Raises ScoringError if it is no regular expression, or has not exactly one group.
+    """
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ScoringError(f"pattern={pattern!r} is not a regular expression: {error}") from error
+    if compiled.groups != 1:
+        raise ScoringError(
+            f"pattern={pattern!r} has {compiled.groups} groups; put the answer, and nothing else, into one: (...); "
+            "a group that only holds things together is written (?:...)"
+        )
+
+    def extract(text: str) -> str | None:
+        found = compiled.findall(text)
+        return found[-1].strip() if found else None
+
+    def compare(reference: str, answer: str) -> float:
+        expected = extract(reference)
+        return float(expected is not None and expected == extract(answer))
+
+    return compare
+
+
+def scorer(kind: str, pattern: str = "") -> Scorer:
+    """The scorer of a name: "exact", "numeric", or "regex" with its pattern. Raises ScoringError for what is none."""
+    if pattern and kind != "regex":
+        raise ScoringError(f"a pattern belongs to score=regex, not to score={kind}")
+    if kind == "regex":
+        if not pattern:
+            raise ScoringError("score=regex needs pattern=..., a regular expression with one group around the answer")
+        return regex(pattern)
+    plain = {"exact": exact, "numeric": numeric}
+    if kind not in plain:
+        raise ScoringError(f"no scorer {kind!r}; there are {', '.join(plain)} and regex")
+    return plain[kind]
+
+
+def mentions(reference: str, answer: str) -> bool:
+    """Whether the reference occurs anywhere as whole words: what a reader who ignores the format would count."""
+    sought = re.escape(reference.strip().casefold())
+    return bool(sought) and re.search(rf"(?<!\w){sought}(?!\w)", answer.casefold()) is not None
+
+
+def normal(text: str) -> str:
+    """A text in lower case with single blanks between its words."""
+    return " ".join(text.casefold().split())
