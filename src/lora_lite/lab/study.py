@@ -100,6 +100,8 @@ class Study:
             raise StudyError(f"rates = {self.rates}: must be odd, so that the centre is among them")
         if not (self.rate_factor > 0 and self.rate_ratio > 1):
             raise StudyError(f"rate_factor = {self.rate_factor} must be > 0 and rate_ratio = {self.rate_ratio} > 1")
+        if (self.training.lr, self.training.seed) != (None, 0):
+            raise StudyError("lr and seed are set by the study: see rates, rate_factor and seeds")
         if self.quantization not in QUANTIZATIONS:
             raise StudyError(f"quantization = {self.quantization!r}: must be one of {', '.join(QUANTIZATIONS)}")
         if self.baseline and self.baseline not in (names := [arm.name for arm in self.arms()]):

@@ -117,11 +117,7 @@ def markdown(findings: Findings) -> str:
     lines = [[cell(found) for cell in columns.values()] for found in rows(findings)]
     kept = [index for index in range(len(columns)) if any(line[index] != NOTHING for line in lines)]
     titles = list(columns)
-    table = [
-        [titles[index] for index in kept],
-        ["---"] * len(kept),
-        *([line[index] for index in kept] for line in lines),
-    ]
+    table = [[line[index] for index in kept] for line in [titles, ["---"] * len(titles), *lines]]
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in table)
 
 

@@ -63,7 +63,7 @@ class Workbench:
             raise BaseChangedError(f"the base's bits changed during this run ({self.prints['base']} became {now})")
 
     def losses(self, forgetting: bool) -> dict[str, float]:
-        """Mean losses in nats a token: on validation answers and, for `forgetting`, on general text and another task."""
+        """Mean losses in nats a token: on validation answers and, for `forgetting`, elsewhere."""
         size = self.study.training.batch_size
         found = {"validation": answer_loss_of(self.model, self.validation, self.pad, size)}
         if forgetting and self.windows:
