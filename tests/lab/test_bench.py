@@ -227,6 +227,6 @@ def test_what_cannot_be_run_says_why_and_writes_nothing(
 
 
 def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(LedgerError, match="study.json"):
+    with pytest.raises(LedgerError, match=r"study\.json"):
         analyse(tmp_path)
     assert Ledger(tmp_path).tsv() == "\n"

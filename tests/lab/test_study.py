@@ -1,6 +1,7 @@
 """Studies as data: what they ask for, in which order, and what they refuse."""
 
 import dataclasses
+import itertools
 
 import pytest
 
@@ -27,9 +28,7 @@ def test_every_arm_gets_as_many_rates_spaced_alike() -> None:
     for arm in study.arms():
         grid = study.grid(arm)
         assert len(grid) == 5 and grid[2] == pytest.approx(10 * arm.lr)
-        assert [later / earlier for earlier, later in zip(grid, grid[1:], strict=False)] == pytest.approx(
-            [2.0] * 4, rel=5e-3
-        )
+        assert [later / earlier for earlier, later in itertools.pairwise(grid)] == pytest.approx([2.0] * 4, rel=5e-3)
 
 
 def test_jobs_go_breadth_first_and_wait_for_the_choice_of_a_rate() -> None:
@@ -39,7 +38,11 @@ def test_jobs_go_breadth_first_and_wait_for_the_choice_of_a_rate() -> None:
     assert list(jobs(study, {})) == [*tuning, Job("cost", lora), Job("cost", dora)]
     found = list(jobs(study, {"lora": 0.1, "dora": None}))  # every rate of dora failed
     costs = [Job("cost", lora), Job("cost", dora)]
-    assert found == [*tuning, Job("seed", lora, 0.1, 1), *costs, Job("seed", lora, 0.1, 2)]
+    assert found == [*tuning, Job("seed", lora, 0.1, 1), Job("seed", lora, 0.1, 2), *costs]
+    both = list(jobs(study, {"lora": 0.1, "dora": 0.2}))[len(tuning) :]
+    assert [(job.arm.name, job.seed) for job in both[:4] if job.arm] == [
+        ("lora", 1), ("dora", 1), ("lora", 2), ("dora", 2),
+    ]  # fmt: skip
     assert [job for job in jobs(dataclasses.replace(study, costs=False), {}) if job.kind == "cost"] == []
 
 

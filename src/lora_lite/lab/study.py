@@ -213,6 +213,5 @@ def jobs(study: Study, chosen: Mapping[str, float | None]) -> Iterable[Job]:
         for arm in arms:
             if chosen.get(arm.name) is not None:
                 yield Job("seed", arm, chosen[arm.name], seed)
-        if seed == 1 and study.costs:
-            for arm in arms:
-                yield Job("cost", arm)
+    if study.costs:
+        yield from (Job("cost", arm) for arm in arms)
