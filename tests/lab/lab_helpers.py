@@ -1,4 +1,9 @@
-"""A byte-level tokenizer and a tiny Llama, made here: no file, no network."""
+"""A byte-level tokenizer, a tiny Llama and small data files, made here: no network."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -38,3 +43,8 @@ def make_llama(cls: type[LlamaForCausalLM] = LlamaForCausalLM, vocab_size: int =
     )
     torch.manual_seed(0)
     return cls(config).eval()
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One JSON object a line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))

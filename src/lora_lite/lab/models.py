@@ -8,6 +8,7 @@ import copy
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -103,6 +104,8 @@ def _quantized(quantization: str, dtype: torch.dtype, device: str | torch.device
             f"quantization {quantization!r} needs bitsandbytes, which is not installed; "
             "install it with: pip install 'bitsandbytes>=0.46'"
         )
+    # It tells at every call of every 8-bit layer that it casts the input, which is how the method works.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     config = (
         BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
         if quantization == "4bit"
