@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lab_helpers import CHAT, make_llama, make_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -39,8 +40,118 @@ def test_encode_keeps_whole_examples_and_counts_the_rest(tokenizer: PreTrainedTo
     assert "1 longer than 80 tokens" in str(report) and "2 without" in str(report)
     exact = len(kept[0])
     assert data.encode(examples[:1], tokenizer, max_length=exact)[1].kept == 1
-    with pytest.raises(DataError, match=f"1 longer than {exact - 1} tokens"):
+    with pytest.raises(DataError, match=f"all 1 with an answer are longer than max_length {exact - 1}"):
         data.encode(examples[:1], tokenizer, max_length=exact - 1)
+
+
+def test_examples_that_are_all_too_long_say_how_long(tokenizer: PreTrainedTokenizerFast) -> None:
+    examples = [Example("c" * n, "no", "t", "", chat=False) for n in (90, 70, 80)] + [Example("a", "", "t")]
+    message = (
+        r"all 3 with an answer are longer than max_length 50: from 74 to 94 tokens, half of them up to 84; "
+        r"raise max_length, or shorten the prompts .*0 examples kept.*3 longer than 50 tokens, 1 without"
+    )
+    with pytest.raises(DataError, match=message):
+        data.encode(examples, tokenizer, max_length=50)
+
+
+@pytest.mark.parametrize(
+    ("examples", "message"),
+    [([], "there are no examples"), ([Example("", "x", "t"), Example("x", " ", "t")], "all 2 are without prompt or")],
+)
+def test_nothing_to_encode_says_why(examples: list[Example], message: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(DataError, match=message):
+        data.encode(examples, tokenizer)
+
+
+def test_a_tokenizer_without_an_end_token_is_an_error() -> None:
+    with pytest.raises(DataError, match=r"no eos_token.*set tokenizer\.eos_token"):
+        data.encode([Example("a", "b", "t")], make_tokenizer(eos=None))
+
+
+# ---- plain prompts
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "text"),
+    [
+        ("Question: 1+1?\nAnswer:", "2", "Question: 1+1?\nAnswer: 2<eos>"),
+        ("1+1?\n", "2", "1+1?\n2<eos>"),
+        ("1+1 = ", "2", "1+1 = 2<eos>"),
+    ],
+)
+def test_a_plain_prompt_is_seen_as_it_stands(
+    prompt: str, answer: str, text: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    example = Example(prompt, answer, "t", "Not shown.", chat=False)
+    item = data.encode([example], tokenizer)[0][0]
+    assert tokenizer.decode(item.prompt) == prompt == data.render_prompt(tokenizer, prompt, "Not shown.", chat=False)
+    assert tokenizer.decode(item.prompt + item.answer) == text
+    assert list(item.prompt) == data.prompt_ids(tokenizer, example)  # what generation starts from
+
+
+def test_plain_answers_are_tokenised_as_they_follow_the_prompt(smollm) -> None:
+    tokenizer = smollm[1]
+
+    def tokens(prompt: str, answer: str) -> list[list[str]]:
+        return [
+            tokenizer.convert_ids_to_tokens(ids)
+            for ids in data.example_ids(tokenizer, Example(prompt, answer, "t", chat=False))
+        ]
+
+    assert tokens("Answer:", "The end") == [["Answer", ":"], ["ĠThe", "Ġend"]]
+    assert tokens("Sum:\n", "12") == [["Sum", ":", "Ċ"], ["1", "2"]]
+    # "\n\n" would be one token: generation has the first line end already, so the second is a token of the answer.
+    assert tokens("a\n", "\nb") == [["a", "Ċ"], ["Ċ", "b"]]
+
+
+def test_a_tokenizer_that_marks_the_start_of_a_text_does_not_mark_the_answer() -> None:
+    """As Llama 2's does: "12" alone is "▁12", behind a line end it is "12"."""
+    vocab = {letter: i for i, letter in enumerate("▁q12\n")}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert tokenizer("12")["input_ids"] == [0, 2, 3]
+    assert data.example_ids(tokenizer, Example("q\n", "12", "t", chat=False)) == ([0, 1, 4], [2, 3])
+
+
+def test_a_plain_prompt_has_the_tokenizers_own_start_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    with_start(tokenizer)
+    prompt, answer = data.example_ids(tokenizer, Example("a:", "b", "t", chat=False))
+    assert (prompt, tokenizer.decode(answer)) == ([257, *tokenizer("a:", add_special_tokens=False)["input_ids"]], " b")
+    assert 257 not in data.prompt_ids(tokenizer, Example("a:", "b", "t"))  # a chat template writes its own
+
+
+def with_start(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Let the tokenizer put token 257 before a text, as Llama's puts <s>."""
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = processors.TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 257)])
+
+
+# ---- windows of plain text
+
+
+def test_windows_lie_evenly_over_the_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    text = "".join(chr(97 + i % 26) for i in range(105))
+    ids = tokenizer(text)["input_ids"]
+    assert data.text_windows(text, tokenizer, 10, 10) == [ids[at : at + 10] for at in range(0, 100, 10)]
+    assert data.text_windows(text, tokenizer, 10, 3) == [ids[at : at + 10] for at in (0, 30, 60)]
+    with pytest.raises(DataError, match="has 105 tokens, enough for 10 windows of 10, not for 11"):
+        data.text_windows(text, tokenizer, 10, 11)
+
+
+def test_windows_begin_with_the_start_token_where_there_is_one(tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = tokenizer("abcdefg")["input_ids"]
+    with_start(tokenizer)
+    assert data.text_windows("abcdefg", tokenizer, 4, 2) == [[257, *ids[:3]], [257, *ids[3:6]]]
+
+
+@pytest.mark.parametrize(("length", "count"), [(1, 3), (4, 0)])
+def test_windows_of_no_size_are_errors(length: int, count: int, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(DataError, match=f"got {length} and {count}"):
+        data.text_windows("abcdefghijklm", tokenizer, length, count)
+
+
+# ---- batches
 
 
 def test_collate_asks_for_answers_only_and_pads_on_the_right() -> None:

@@ -1,10 +1,13 @@
+import dataclasses
 import itertools
+from importlib.metadata import version
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_lite.lab import gym, tasks
+from lora_lite.lab.scoring import numeric
 from lora_lite.lab.tasks import Example, Task, TaskError
 
 GENERATORS = [
@@ -69,6 +72,8 @@ def test_split_shares_are_as_declared() -> None:
     [
         ("famly_relationship", "family_relationships"),
         ("no such thing at all", "chain_sum"),
+        ("gsm8", "gsm8k"),
+        ("jsonl:colour=3,path=x", "no parameter 'colour'; it has path"),
         ("gcd:max_numbers=-1", "refuses"),
         ("gcd:colour=3", "max_numbers"),
         ("gcd:max_numbers", "key=value"),
@@ -166,3 +171,68 @@ def test_what_every_question_repeats_can_be_dropped() -> None:
 def test_a_bad_drop_is_an_error(drop: str, message: str) -> None:
     with pytest.raises(TaskError, match=message):
         tasks.build_prompt("2 + 2", drop=drop)
+
+
+def test_plain_prompts_of_generators_are_the_question_and_a_line_end() -> None:
+    plain, chat = tasks.load_task("gcd:chat=False"), tasks.load_task("gcd")
+    for one, other in zip(plain.examples("test", 5), chat.examples("test", 5), strict=True):
+        assert one.prompt == f"{other.prompt}\n" and one.answer == other.answer
+        assert (one.chat, one.instruction) == (False, "") and other.chat and other.instruction == tasks.INSTRUCTION
+        assert plain.score(one, f" {one.answer}") == 1.0
+    assert tasks.load_task("gcd:chat=False,template=Q: {question}\nA:").examples("test", 1)[0].prompt.endswith("\nA:")
+    with pytest.raises(TaskError, match="carries no instruction, got 'Be brief'"):
+        tasks.load_task("gcd:chat=False,instruction=Be brief")
+
+
+def test_a_generator_tells_its_package_and_parameters() -> None:
+    found = tasks.load_task("gcd:max_value=50,chat=False").provenance
+    assert found == {"generator": "gcd", "reasoning_gym": version("reasoning_gym"), "parameters": {"max_value": 50}}
+    params = tasks.load_task("word_sequence_reversal:min_words=3,drop=x").provenance["parameters"]
+    assert params == {"min_words": 3}  # how a question is asked shows in the examples' fingerprint
+
+
+@pytest.mark.parametrize(
+    ("spec", "names"),
+    [
+        ("gcd+lcm", ["gcd", "lcm"]),
+        (" gcd + lcm:max_value=9 + chain_sum", ["gcd", "lcm", "chain_sum"]),
+        (r"gcd:drop=(?:x+y),max_value=9+lcm", ["gcd", "lcm"]),
+        (r"gcd:drop=\s+$", ["gcd"]),
+    ],
+)
+def test_a_plus_separates_tasks_where_a_name_follows(spec: str, names: list[str]) -> None:
+    assert tasks.load_task(spec).name.split("+") == names
+
+
+def test_a_fingerprint_follows_prompts_answers_and_their_order() -> None:
+    examples = rows(3)
+    prints = {
+        tasks.fingerprint(variant)
+        for variant in (
+            examples,
+            examples[:2],
+            examples[::-1],
+            [dataclasses.replace(examples[0], answer="9"), *examples[1:]],
+            [dataclasses.replace(examples[0], prompt="another"), *examples[1:]],
+            [],
+        )
+    }
+    assert len(prints) == 6 and all(len(found) == 16 and int(found, 16) >= 0 for found in prints)
+    assert tasks.fingerprint(rows(3)) == tasks.fingerprint(examples)
+    # What is said where a prompt ends and its answer starts counts too.
+    assert tasks.fingerprint([Example("ab", "c", "t")]) != tasks.fingerprint([Example("a", "bc", "t")])
+
+
+def test_a_wrong_answer_key_is_an_error_that_shows_it() -> None:
+    examples = [Example("2 + 2?", "4", "sums"), Example("2 + 3?", "blue", "sums"), Example("3 + 3?", "red", "sums")]
+    task = tasks.from_examples("sums", examples, tasks.by_reference(numeric))
+    tasks.require_sound_key(task, examples[:1])
+    tasks.require_sound_key(task, [])
+    with pytest.raises(TaskError, match=r"'sums' is wrong: 2 of 3 .*\(66.7%\).*'blue', to the question '2 \+ 3\?'"):
+        tasks.require_sound_key(task, examples)
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_the_keys_of_generators_are_sound(name: str) -> None:
+    task = tasks.load_task(name)
+    tasks.require_sound_key(task, task.examples("test", 20))
