@@ -1,0 +1,84 @@
+"""From findings to `index.html` and the pictures beside it."""
+
+import re
+from collections import Counter
+from itertools import groupby
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from lora_lite.adapter_file import write_atomically
+from lora_lite.lab.drawing import PALETTE
+from lora_lite.lab.findings import Findings
+from lora_lite.lab.page.cells import VERDICTS
+from lora_lite.lab.page.table import columns
+from lora_lite.lab.plots import Plots, plot
+from lora_lite.lab.scoring import RIGHT
+
+HERE = Path(__file__).parent
+ARXIV = re.compile(r"\d{4}\.\d{4,5}(v\d+)?|[a-z-]+(\.[A-Z]{2})?/\d{7}")
+
+
+def write_page(findings: Findings, folder: Path) -> list[Path]:
+    """Write the page of a study: `folder`/index.html, one file that needs no network, and its pictures as PNG files.
+
+    Everything is made before anything is written, and each file is replaced atomically, the page last.
+    Returns the files, the page first. Raises NotADirectoryError if `folder` is a file.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file, and a page is several: give a folder, existing or new")
+    plots = plot(findings)
+    page = render(findings, plots)
+    for name, data in plots.files.items():
+        write_atomically(folder / name, data)
+    write_atomically(folder / "index.html", page.encode())
+    return [folder / "index.html", *(folder / name for name in plots.files)]
+
+
+def render(findings: Findings, plots: Plots) -> str:
+    """The page as text."""
+    # Autoescape: replies, names and reasons come from models, users and exceptions.
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["arxiv"] = lambda text: text if ARXIV.fullmatch(text) else ""
+    environment.filters["safe_svg"] = Markup
+    listed = columns(findings)
+    return environment.get_template("page.html.j2").render(
+        findings=findings,
+        plots=plots,
+        columns=listed,
+        groups=[(name, len(list(group))) for name, group in groupby(listed, key=lambda column: column.group)],
+        verdicts=VERDICTS,
+        counts=counted(findings),
+        measured=measured(findings),
+        right=RIGHT,
+        repliers=list(dict.fromkeys(reply.arm for item in findings.examples for reply in item.replies)),
+        palette=PALETTE,
+        style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
+        script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
+    )
+
+
+def counted(findings: Findings) -> str:
+    """How the arms compare with the baseline, in a sentence."""
+    verdicts = Counter(arm.verdict for arm in findings.arms)
+    others = len(findings.arms) - verdicts["baseline"]
+    if not others:
+        return ""
+    words = {"better": "better", "worse": "worse", "tie": "not separated from it", "": "not comparable yet"}
+    parts = [f"{verdicts[verdict]} {words[verdict]}" for verdict in words if verdicts[verdict]]
+    return f"Against {findings.baseline}, of {others} other arm{'s' * (others > 1)}: {', '.join(parts)}."
+
+
+def measured(findings: Findings) -> str:
+    """How much of the study is there, in a sentence."""
+    arms = findings.arms
+    done, wanted = sum(len(arm.seeds) for arm in arms), sum(arm.wanted_seeds for arm in arms)
+    with_accuracy = sum(arm.accuracy is not None for arm in arms)
+    return (
+        f"{with_accuracy} of {len(arms)} arm{'s' * (len(arms) > 1)} measured, {done} of {wanted} seeds at the chosen "
+        f"rates, on {findings.items:,} test items."
+    )
