@@ -45,6 +45,13 @@ def make_llama(cls: type[LlamaForCausalLM] = LlamaForCausalLM, vocab_size: int =
     return cls(config).eval()
 
 
+def save_tiny(folder: Path, vocab_size: int = 258, **tokens: str | None) -> str:
+    """A tiny model with its tokenizer in a folder; gives the folder's name."""
+    make_llama(vocab_size=vocab_size).save_pretrained(folder)
+    make_tokenizer(**tokens).save_pretrained(folder)
+    return str(folder)
+
+
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """One JSON object a line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,9 +1,14 @@
+import dataclasses
+
 import pytest
 import torch
 from lab_helpers import make_llama, make_tokenizer
+from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lora_lite.lab import data
 from lora_lite.lab import evaluate as lab
+from lora_lite.lab.data import Encoded
 from lora_lite.lab.evaluate import EvaluationError, evaluate, generate
 from lora_lite.lab.tasks import Example, Task, from_examples
 
@@ -133,3 +138,104 @@ def test_cut_at(row: list[int], kept: list[int]) -> None:
 def test_length_batches_are_sorted_and_whole() -> None:
     batches = list(lab.length_batches([3, 9, 1, 9, 5], 2))
     assert batches == [[1, 3], [4, 0], [2]]
+
+
+def test_replies_that_never_ended_are_counted(parrot: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    examples = examples_of(["r 0", "x", "r 2"])
+    task = from_examples("t", examples)
+    whole = evaluate(parrot, tokenizer, task, examples, max_new_tokens=4, progress=False)  # 3 bytes and the end
+    assert whole.cut_off == 0 and not any(record.cut_off for record in whole.records)
+    cut = evaluate(make_llama(), tokenizer, task, examples, max_new_tokens=5, progress=False)
+    assert cut.cut_off == 1 and all(record.cut_off for record in cut.records)
+    mixed = dataclasses.replace(whole, records=(*whole.records, cut.records[0]))
+    assert mixed.cut_off == 0.25
+
+
+def test_an_end_at_the_very_last_token_is_an_end(llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    prompt = data.prompt_ids(tokenizer, Example("abc", "x", "t"))
+    reply = llama.generate(torch.tensor([prompt]), max_new_tokens=4, do_sample=False, pad_token_id=257)
+    *before, last = reply[0, len(prompt) :].tolist()
+    assert last not in before
+    llama.generation_config.eos_token_id = last
+    examples = [Example("abc", "x", "t")]
+    for budget, cut_off in ((3, 1.0), (4, 0.0), (9, 0.0)):
+        task = from_examples("t", examples)
+        assert evaluate(llama, tokenizer, task, examples, max_new_tokens=budget, progress=False).cut_off == cut_off
+
+
+def test_no_end_token_at_all_is_an_error(llama: LlamaForCausalLM) -> None:
+    llama.generation_config.eos_token_id = None
+    with pytest.raises(EvaluationError, match=r"has an end token.*set tokenizer\.eos_token"):
+        generate(llama, make_tokenizer(eos=None), [[1]], 3)
+
+
+def test_padding_is_not_needed_where_there_is_an_end_token(llama: LlamaForCausalLM) -> None:
+    prompts = [[65, 66, 67], [65]]
+    assert generate(llama, make_tokenizer(pad=None), prompts, 4) == generate(llama, make_tokenizer(), prompts, 4)
+
+
+# ---- losses
+
+
+def by_hand(model: LlamaForCausalLM, item: Encoded) -> list[float]:
+    """The loss of each answer token, of one row without padding."""
+    ids = torch.tensor([item.prompt + item.answer])
+    with torch.no_grad():
+        logits = model(ids).logits[0]
+    start = len(item.prompt)
+    return cross_entropy(logits[start - 1 : -1], ids[0, start:], reduction="none").tolist()
+
+
+ITEMS = [
+    Encoded((1, 2, 3), (4, 256)),
+    Encoded((5,), (6, 7, 8, 9, 256)),
+    Encoded((9, 8, 7, 6), (5,)),
+    Encoded((3,), (1,)),
+]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_answer_loss_of_weighs_every_token_the_same(batch_size: int, llama: LlamaForCausalLM) -> None:
+    losses = [loss for item in ITEMS for loss in by_hand(llama, item)]
+    assert len(losses) == 9
+    assert lab.answer_loss_of(llama, ITEMS, 257, batch_size) == pytest.approx(sum(losses) / 9, rel=1e-5)
+
+
+def test_text_loss_is_that_of_a_language_model(llama: LlamaForCausalLM) -> None:
+    windows = [[1, 2, 3, 4], [5, 6, 7, 8], [9, 8]]
+    losses = [loss for ids in windows for loss in by_hand(llama, Encoded((ids[0],), tuple(ids[1:])))]
+    assert len(losses) == 7
+    assert lab.text_loss(llama, windows, batch_size=2) == pytest.approx(sum(losses) / 7, rel=1e-5)
+    with torch.no_grad():
+        plain = [llama(torch.tensor([ids]), labels=torch.tensor([ids])).loss.item() for ids in windows[:2]]
+    assert lab.text_loss(llama, windows[:2]) == pytest.approx(sum(plain) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_losses_are_of_eval_mode_and_put_the_mode_back(training: bool) -> None:
+    config = make_llama().config
+    config.attention_dropout = 0.5
+    model = LlamaForCausalLM(config).train(training)
+    model.model.layers[0].train(not training)
+    before = [module.training for module in model.modules()]
+    assert lab.answer_loss_of(model, ITEMS, 257) == lab.answer_loss_of(model, ITEMS, 257)  # no dropout
+    assert lab.text_loss(model, [[1, 2, 3]]) == lab.text_loss(model, [[1, 2, 3]])
+    assert [module.training for module in model.modules()] == before
+    assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(IndexError):
+        lab.text_loss(model, [[1, 2, 300]])
+    assert [module.training for module in model.modules()] == before
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda model: lab.answer_loss_of(model, [], 0), "got 0 and 8"),
+        (lambda model: lab.answer_loss_of(model, ITEMS, 0, 0), "got 4 and 0"),
+        (lambda model: lab.text_loss(model, []), "got 0"),
+        (lambda model: lab.text_loss(model, [[1, 2], [3]]), "two tokens or more"),
+    ],
+)
+def test_losses_of_nothing_are_errors(ask, message: str, llama: LlamaForCausalLM) -> None:
+    with pytest.raises(EvaluationError, match=message):
+        ask(llama)

@@ -7,10 +7,10 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from lab_helpers import make_llama, make_tokenizer
+from lab_helpers import save_tiny
 
 from lora_lite.lab import models
-from lora_lite.lab.models import CacheWarning, ModelError, load_model
+from lora_lite.lab.models import CacheWarning, ModelError, load_model, model_config
 
 
 def test_the_embedded_model_speaks(smollm) -> None:
@@ -204,12 +204,6 @@ def test_a_wheel_that_does_not_serve(
         models.embedded_folder(tmp_path)
 
 
-def save_tiny(folder: Path, vocab_size: int = 258, **tokens: str | None) -> str:
-    make_llama(vocab_size=vocab_size).save_pretrained(folder)
-    make_tokenizer(**tokens).save_pretrained(folder)
-    return str(folder)
-
-
 def test_a_local_folder_is_a_model(tmp_path: Path) -> None:
     model, tokenizer = load_model(save_tiny(tmp_path), dtype=torch.bfloat16)
     assert model.dtype == torch.bfloat16 and not model.training
@@ -242,3 +236,21 @@ def test_an_unknown_model_says_where_it_was_sought_and_what_to_do(name: str) -> 
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=f"from the folder {tmp_path}"):
         load_model(str(tmp_path))
+
+
+# ---- the configuration alone
+
+
+def test_a_configuration_is_read_without_weights(tmp_path: Path) -> None:
+    save_tiny(tmp_path)
+    for file in tmp_path.glob("*.safetensors"):
+        file.unlink()
+    config = model_config(str(tmp_path))
+    assert (config.model_type, config.hidden_size, config.num_hidden_layers) == ("llama", 32, 2)
+    assert (model_config().hidden_size, model_config().num_hidden_layers) == (576, 30)
+
+
+@pytest.mark.parametrize("name", ["no-such-org/no-such-model", "./no/such/folder"])
+def test_an_unreadable_configuration_says_so(name: str) -> None:
+    with pytest.raises(ModelError, match=r"cannot load .*from the hub.*(\n.*)*Mend it"):
+        model_config(name)
