@@ -38,6 +38,7 @@ METAMATH_NOTE = (
     "validation numbers flatter, and only the test is unseen."
 )
 VALIDATION_ROWS = 500
+LONG = 50_000  # rows from which on progress is shown
 _CALCULATOR = re.compile(r"<<.*?>>")  # GSM8K's "<<48/2=24>>", meant for a tool
 
 Maker = Callable[[str, str], Example]  # (question, answer) -> example
@@ -163,7 +164,7 @@ def read_part(source: str, split: str, make: Maker, question: str = "question", 
     """The rows of a split as examples; those without question or answer and repeated questions left out and counted."""
     rows = load_rows(source, split, (question, answer))
     part = Part({}, {"from": source, "split": split}, Counter())
-    for row in tqdm(rows, desc=f"read {source}", unit="row", disable=len(rows) < 50_000):
+    for row in tqdm(rows, desc=f"read {source}", unit="row", disable=len(rows) < LONG):
         asked, told = (str(row[name]).strip() if row[name] is not None else "" for name in (question, answer))
         if not asked or not told:
             part.left_out["without question or answer"] += 1
@@ -207,7 +208,8 @@ def assemble(
     for split in ("test", "validation"):
         require_sound_key(whole, lists[split])
     train = parts["train"]
-    unsound = [key for key, example in train.examples.items() if whole.score(example, example.answer) < RIGHT]
+    bar = tqdm(train.examples.items(), desc="score training answers", unit="row", disable=len(train.examples) < LONG)
+    unsound = [key for key, example in bar if whole.score(example, example.answer) < RIGHT]
     if len(unsound) == len(train.examples):
         require_sound_key(whole, lists["train"])
     train.leave_out("own answer does not score", unsound)

@@ -6,6 +6,7 @@ scorer("regex", r"colou?r: (\\w+)")("color: red", "The colour: red")    # 1.0
 """
 
 import re
+from collections import deque
 from collections.abc import Callable
 from decimal import Decimal
 
@@ -37,15 +38,20 @@ def final_number(text: str) -> Decimal | None:
     reasoning before it is not the answer. Currency, thousands commas, units, percent signs and a full stop at the end
     do not count: "-$1,234.50." is -1234.5, "50%" is 50.
     """
-    marks = [match.end() for match in _SPOKEN.finditer(text)]
     if _MARK in text:
-        marks = [text.rindex(_MARK) + len(_MARK)]
-    found = list(_NUMBER.finditer(text[marks[-1] :] if marks else text))
-    if not found:
+        number = _NUMBER.search(text.rpartition(_MARK)[2])
+    elif spoken := _last(_SPOKEN, text):
+        number = _NUMBER.search(text[spoken.end() :])
+    else:
+        number = _last(_NUMBER, text)
+    if number is None:
         return None
-    number = found[0 if marks else -1]
     value = Decimal(number["digits"].replace(",", ""))
     return -value if number["sign"] else value
+
+
+def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    return next(iter(deque(pattern.finditer(text), maxlen=1)), None)
 
 
 def exact(reference: str, answer: str) -> float:
