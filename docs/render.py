@@ -13,9 +13,12 @@ import fidelity
 
 import lora_lite as ll
 from lora_lite.cli import facts
+from lora_lite.lab import tables
+from lora_lite.lab.analysis import analyse
+from lora_lite.lab.findings import Findings
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "docs" / "s-space.md"]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "s-space.md", ROOT / "docs" / "lab.md"]
 
 
 def result(name: str) -> Any:
@@ -126,7 +129,44 @@ def steering() -> str:
     return "\n".join(lines)
 
 
-PARTS = {part.__name__: part for part in (methods, demo, spectra, gains, sspace_costs, steering)}
+def study_of(name: str) -> str:
+    """What a committed study found: its question, its table, what it lacks, and where it was measured."""
+    found = analyse(ROOT / "results" / name)
+    setup = "; ".join(f"{label}: {value}" for label, value in found.setup.items() if label != "data")
+    lines = [found.about, "", f"`{found.command}`, {tables.headline(found)}. {setup}.", "", tables.markdown(found), ""]
+    lines += [*found.notes, "", *lacks(found)]
+    lines += [f"Failed: {arm.arm}: {words}." for arm in found.arms for words in arm.failures]
+    return "\n".join([*lines, "", *(f"- {machine}" for machine in found.machines)])
+
+
+def lacks(found: Findings) -> list[str]:
+    """What a study still lacks."""
+    return [f"**Not whole yet**: {'; '.join(found.missing)}.", ""] if found.missing else []
+
+
+def study_methods() -> str:
+    """All methods on the embedded model."""
+    return study_of("methods")
+
+
+def study_gsm8k() -> str:
+    """A few methods on GSM8K."""
+    return study_of("gsm8k")
+
+
+def study_methods_short() -> str:
+    """The README's few columns of the study of all methods."""
+    found = analyse(ROOT / "results" / "methods")
+    picture = "![accuracy against trained parameters](results/methods/accuracy-parameters.png)"
+    kept = ("method", "accuracy, % [95%]", f"against {found.baseline}, points", "place", "seeds", "rate", "trained")
+    lines = [tables.headline(found) + ":", "", tables.markdown(found, kept), "", *lacks(found), picture]
+    return "\n".join(lines)
+
+
+PARTS = {
+    part.__name__: part
+    for part in (methods, demo, spectra, gains, sspace_costs, steering, study_methods, study_methods_short, study_gsm8k)
+}
 
 
 def render(text: str) -> str:

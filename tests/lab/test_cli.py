@@ -94,7 +94,7 @@ def test_errors_say_what_is_wrong(
         (["train", "--steps", "0", "lora"], "TrainConfig.steps = 0"),
         (["train", "--dtype", "float8", "lora"], "must be one of auto"),
         (["what"], "what"),
-        ([], "{list,train}"),
+        ([], "{list,train,bench,study,cost,report}"),
     ],
 )
 def test_flags_that_are_not_understood_exit_with_2(

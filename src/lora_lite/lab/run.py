@@ -5,15 +5,11 @@
 
 import dataclasses
 import json
-import os
-import platform
-import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +22,9 @@ from lora_lite.cost import peak_memory_mb
 from lora_lite.lab.data import MAX_LENGTH, Encoded, collate, encode
 from lora_lite.lab.evaluate import Evaluation, evaluate
 from lora_lite.lab.models import EMBEDDED, load_model
-from lora_lite.lab.tasks import load_task
+from lora_lite.lab.provenance import provenance
+from lora_lite.lab.tasks import load_task, require_sound_key
+from lora_lite.lab.trackers import Trackers, require_trackers
 from lora_lite.lab.train import Progress, TrainConfig, last_checkpoint, train
 
 CALIBRATION_BATCHES = 8
@@ -43,7 +41,9 @@ class RunConfig:
 
     Attributes:
         model: "smollm2" (embedded), a hub id or a local folder.
-        task: a reasoning-gym task, with parameters as in "gcd:max_value=100", or several joined by "+".
+        task: "gsm8k", "metamath_gsm8k", a reasoning-gym task with parameters as in "gcd:max_value=100", several joined
+            by "+", or your own questions and answers, "mine.jsonl" or "jsonl:path=mine.jsonl,score=numeric".
+        quantization: of the base: "none", "4bit" or "8bit" (bitsandbytes).
         dtype: of the base: "float32", "bfloat16", or "auto": bfloat16 where the device computes in it.
         device: where to run. None: the GPU if there is one.
         train_examples: distinct examples to train on.
@@ -53,10 +53,13 @@ class RunConfig:
         max_length: longest example in tokens; longer ones are left out and counted.
         out: folder for the adapter, the checkpoints and the result.
         resume: go on from the last checkpoint in `out`.
+        report_to: trackers: "tensorboard", "wandb", "trackio"; through accelerate.
+        probe: instead of training, find out in under a minute whether the method works on the model.
     """
 
     model: str = EMBEDDED
     task: str = "family_relationships"
+    quantization: str = "none"
     dtype: str = "auto"
     device: str | None = None
     train_examples: int = 640
@@ -66,6 +69,8 @@ class RunConfig:
     max_length: int = MAX_LENGTH
     out: Path = Path("runs/latest")
     resume: bool = False
+    report_to: tuple[str, ...] = ()
+    probe: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in (*DTYPES, "auto"):
@@ -105,15 +110,6 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's as far as the system tells."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    models = re.findall(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else []
-    return f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores"
-
-
 class Clock:
     """Seconds of each named phase."""
 
@@ -140,11 +136,13 @@ def finetune(run: RunConfig, method: ll.AdapterConfig | Sequence[ll.AdapterConfi
     checkpoints = run.out / "checkpoints"
     if not run.resume and last_checkpoint(checkpoints) is not None:
         raise RunError(f"{checkpoints} holds checkpoints: give --resume to go on, or another --out")
+    require_trackers(run.report_to)
     task = load_task(run.task)
+    train_set = task.examples("train", run.train_examples, training.seed)
+    test_set = task.examples("test", run.test_examples, seed=0)
+    require_sound_key(task, test_set)
     with clock("load"):
-        model, tokenizer = load_model(run.model, dtype, device)
-        train_set = task.examples("train", run.train_examples, training.seed)
-        test_set = task.examples("test", run.test_examples, seed=0)
+        model, tokenizer = load_model(run.model, dtype, device, quantization=run.quantization)
         items, report = encode(train_set, tokenizer, run.max_length)
     tqdm.write(f"{run.task}: {report}; {len(test_set)} held-out items")
     with clock("evaluate_before"):
@@ -153,17 +151,20 @@ def finetune(run: RunConfig, method: ll.AdapterConfig | Sequence[ll.AdapterConfi
     with clock("attach"):
         att = ll.attach(model, method, calibration(method, items, pad, training.batch_size), train_also=run.train_also)
     tqdm.write(att.summary())
-    with clock("train"):
-        progress = train(model, items, pad, training, checkpoints, run.resume)
-    with clock("evaluate_after"):
-        after = evaluate(model, tokenizer, task, test_set)
+    settings = {"run": dataclasses.asdict(run), "training": dataclasses.asdict(training)}
+    with Trackers(run.report_to, run.out, settings, device) as trackers:
+        with clock("train"):
+            progress = train(model, items, pad, training, checkpoints, run.resume, on_step=trackers.step)
+        with clock("evaluate_after"):
+            after = evaluate(model, tokenizer, task, test_set)
+        trackers.finish({"accuracy_before": before.accuracy, "accuracy_after": after.accuracy})
     adapter = ll.save(model, run.out / "adapter.safetensors")
     with clock("reload"):
         # Answered anew, in one batch: padded otherwise, a near tie could turn out otherwise.
         examples = test_set[: run.reload_examples]
         if examples:
             answers = evaluate(model, tokenizer, task, examples, progress=False)
-            fresh = load_model(run.model, dtype, device)
+            fresh = load_model(run.model, dtype, device, quantization=run.quantization)
             ll.load(fresh[0], adapter)
             require_same_answers(answers, evaluate(*fresh, task, examples, progress=False), adapter)
     result = Result(before, after, progress, att.summary(), clock.seconds)
@@ -212,6 +213,7 @@ def summarize(
         "accuracy_after": result.after.accuracy,
         "mention_rate_before": result.before.mention_rate,
         "mention_rate_after": result.after.mention_rate,
+        "cut_off_after": result.after.cut_off,
         "items": len(result.after.records),
         "trainable": att.num_trainable,
         "adapter": str(adapter),
@@ -225,9 +227,7 @@ def summarize(
         "training": dataclasses.asdict(training),
         "run": {**dataclasses.asdict(run), "out": str(run.out)},
         "dtype": str(dtype).removeprefix("torch."),
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in ("lora-lite", "torch", "transformers", "reasoning-gym")},
+        **provenance(device),
     }
 
 

@@ -1,6 +1,6 @@
 """Findings as tables: for a terminal and as Markdown. `CELLS` is the one list of columns."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 from rich.table import Table
 
@@ -111,13 +111,12 @@ def terminal(findings: Findings) -> Table:
     return table
 
 
-def markdown(findings: Findings) -> str:
-    """As Markdown; columns that are empty throughout are left out."""
-    columns = cells(findings)
+def markdown(findings: Findings, titles: Container[str] | None = None) -> str:
+    """As Markdown; titles: the columns to show (None: all). Columns that are empty throughout are left out."""
+    columns = {title: cell for title, cell in cells(findings).items() if titles is None or title in titles}
     lines = [[cell(found) for cell in columns.values()] for found in rows(findings)]
     kept = [index for index in range(len(columns)) if any(line[index] != NOTHING for line in lines)]
-    titles = list(columns)
-    table = [[line[index] for index in kept] for line in [titles, ["---"] * len(titles), *lines]]
+    table = [[line[index] for index in kept] for line in [list(columns), ["---"] * len(columns), *lines]]
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in table)
 
 
