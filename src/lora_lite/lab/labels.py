@@ -5,9 +5,10 @@ import numpy as np
 Boxes = np.ndarray  # (n, 4): left, bottom, right, top
 
 GAP = 6.0  # between a point and its label
-STEP = 5.0  # of the grid of places that are tried
-REACH = 130.0  # how far from its point a label may go
-COVERED = 40.0  # what one covered label or point costs, in pixels of distance; a thing's weight multiplies it
+STEP = (6.0, 4.0)  # of the grid of places that are tried, across and up
+REACH = 120.0  # how far from its point a label may go
+COVERED = 40.0  # what a covered thing costs, in pixels of distance; its weight multiplies it
+HARD = 10.0  # the weight of what may be covered only where there is no other way: a label, a point
 CROSSED = 60.0  # what a leader across another leader costs
 MISTAKEN = 25.0  # what a label costs that stands nearer to another point, or whose leader passes one
 CLOSE = 7.0  # how near a leader passes a point, to be taken for that point's
@@ -32,8 +33,8 @@ def place(anchors: np.ndarray, sizes: np.ndarray, obstacles: Boxes, weights: np.
             cost = distance(tried, anchors[index])
             cost = np.abs(cost - GAP) + 0.02 * np.abs(tried[:, 0] - anchors[index, 0])  # beside rather than above
             cost += COVERED * (covers(tried, obstacles) @ weights)
-            cost += 10 * COVERED * covers(tried, others).sum(1)
-            cost += MISTAKEN * misleading(tried, anchors[index], ends)
+            cost += HARD * COVERED * covers(tried, others).sum(1)
+            cost += MISTAKEN * misleading(tried, anchors[index], ends[np.abs(ends - anchors[index]).max(1) < 2 * REACH])
             if len(others) == len(ends):
                 cost += CROSSED * crossings(tried, anchors[index], others, ends)
             placed[index] = tried[int(np.argmin(cost))]
@@ -47,8 +48,8 @@ def candidates(anchor: np.ndarray, size: np.ndarray, bounds: np.ndarray) -> Boxe
     last = np.maximum(bounds[2:] - size, bounds[:2])
     low = np.clip(anchor - size - REACH, bounds[:2], last)
     high = np.clip(anchor + REACH, bounds[:2], last)
-    xs = np.arange(low[0], high[0] + 1e-9, STEP)
-    ys = np.arange(low[1], high[1] + 1e-9, STEP / 2)
+    xs = np.arange(low[0], high[0] + 1e-9, STEP[0])
+    ys = np.arange(low[1], high[1] + 1e-9, STEP[1])
     corners = np.stack(np.meshgrid(xs, ys), -1).reshape(-1, 2)
     return np.hstack([corners, corners + size])
 

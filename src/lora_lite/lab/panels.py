@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -156,7 +157,7 @@ def set_losses(axes: Axes, low: float, high: float) -> None:
 def rates(findings: Findings) -> list[Sketch]:
     """Validation loss against the learning rate: the chosen rate filled, failed runs as crosses at the top."""
     arms = [arm for arm in findings.arms if arm.rates]
-    losses = [value for arm in arms for value in arm.rates.values() if value is not None and math.isfinite(value)]
+    losses = [value for arm in arms for value in arm.rates.values() if finite(value)]
     if not losses:
         return []
     low, high = min(losses), max(losses)
@@ -165,16 +166,21 @@ def rates(findings: Findings) -> list[Sketch]:
             arm.arm,
             f"Validation loss of {arm.arm}: {spoken(arm)}.",
             lambda axes, arm=arm: draw_rates(axes, arm, low, high),
-            f"{arm.edge} of the grid" if arm.edge else "" if arm.rate is not None else "not all run yet",
+            "edge of grid" if arm.edge else "" if arm.rate is not None else "not all run yet",
         )
         for arm in arms
     ]
 
 
+def finite(value: float | None) -> TypeGuard[float]:
+    """Whether a run gave a loss that can be drawn."""
+    return value is not None and math.isfinite(value)
+
+
 def spoken(arm: Finding) -> str:
     """The losses of an arm's rates, in words."""
     tried = sorted(arm.rates.items())
-    words = [f"{rate(key)} " + ("failed" if value is None else f"{value:.3f}") for key, value in tried]
+    words = [f"{rate(key)} {f'{value:.3f}' if finite(value) else 'failed'}" for key, value in tried]
     return ", ".join(words) + (f"; chosen {rate(arm.rate)}" if arm.rate is not None else "")
 
 
@@ -182,7 +188,7 @@ def draw_rates(axes: Axes, arm: Finding, low: float, high: float) -> None:
     """One arm's grid."""
     set_losses(axes, low, high)
     tried = sorted(arm.rates.items())
-    good = [(key, value) for key, value in tried if value is not None and math.isfinite(value)]
+    good = [(key, value) for key, value in tried if finite(value)]
     axes.set_xscale("log")
     axes.set_xlim(tried[0][0] / 1.5, tried[-1][0] * 1.5)
     axes.plot([key for key, _ in good], [value for _, value in good], color=MUTED, linewidth=1)

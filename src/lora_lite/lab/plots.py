@@ -17,6 +17,7 @@ from lora_lite.lab.findings import Findings, Interval
 from lora_lite.lab.numerals import compact, percent, tidy
 
 WIDE, NARROW = (1080, 540), (358, 560)  # pixels of a scatter, on a desk and on a telephone
+FRONT = "_front"  # label of its lines
 MARK = 7.0  # pixels of a point
 SIDE_BY_SIDE = 9.0  # pixels between points that would hide each other
 MARKS = {  # verdict -> marker, colour, what it says of the baseline
@@ -109,12 +110,12 @@ def points_of(findings: Findings, name: str) -> list[Point]:
 
 
 def front_of(points: Sequence[Point]) -> tuple[list[int], list[int]]:
-    """Indices of the front, and of the points off it that some point of the front at no higher cost does not clear."""
+    """Indices of the front, and of the points off it whose interval no point of the front at no higher cost clears."""
     front = pareto([(point.cost, point.accuracy.mean) for point in points])
     near = []
     for index, point in enumerate(points):
         rivals = [points[at].accuracy for at in front if points[at].cost <= point.cost]
-        if index not in front and all(overlap(point.accuracy, rival) for rival in rivals):
+        if index not in front and all(rival.low <= point.accuracy.high for rival in rivals):
             near.append(index)
     return front, near
 
@@ -244,7 +245,7 @@ def draw_front(axes: Axes, points: Sequence[Point], at: Sequence[float]) -> list
         if following is not None:
             xs, ys = [at[index], at[following], at[following]], [y, y, points[following].accuracy.mean]
             dashed = overlap(points[index].accuracy, points[following].accuracy)
-        look = {"linewidth": 1.2, "color": INK, "alpha": 0.7, "zorder": 2}
+        look = {"linewidth": 1.2, "color": INK, "alpha": 0.7, "zorder": 2, "label": FRONT}
         axes.plot(xs, ys, linestyle=(0, (4, 3)) if dashed else "-", **look)
         pixels = axes.transData.transform(list(zip(xs, ys, strict=True)))
         for one, other in pairwise(pixels):
@@ -261,7 +262,8 @@ def draw_base(axes: Axes, findings: Findings, points: Sequence[Point]) -> list[t
     axes.axhline(mean, color=MUTED, linewidth=1, linestyle=(0, (1, 2)))
     style = {"xytext": (-2, 3), "textcoords": "offset points", "ha": "right", "color": MUTED, "fontsize": 10}
     words = axes.annotate(f"frozen base {percent(mean)}", (axes.get_xlim()[1], mean), **style)
-    return [words.get_window_extent().extents]
+    left, bottom, right, top = words.get_window_extent().extents
+    return [(left, bottom, right, top)]
 
 
 def draw_labels(axes: Axes, points: Sequence[Point], at: Sequence[float], covered: Sequence, size: float) -> None:
@@ -273,7 +275,7 @@ def draw_labels(axes: Axes, points: Sequence[Point], at: Sequence[float], covere
     ends = [[(x, point.accuracy.low), (x, point.accuracy.high)] for x, point in zip(at, points, strict=True)]
     whiskers = axes.transData.transform(np.reshape(ends, (-1, 2))).reshape(-1, 4) + np.array([-2, -2, 2, 2])
     obstacles = np.vstack([marks, whiskers, np.reshape(covered, (-1, 4))])
-    weights = np.array([2.0] * len(marks) + [0.6] * (len(whiskers) + len(covered)))
+    weights = np.array([labels.HARD] * len(marks) + [0.6] * (len(whiskers) + len(covered)))
     bounds = np.asarray(axes.get_window_extent().extents)
     boxes = labels.place(anchors, sizes, obstacles, weights, bounds + np.array([2, 2, -2, -2]))
     for text, box, anchor in zip(texts, boxes, anchors, strict=True):

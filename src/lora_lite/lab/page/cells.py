@@ -57,7 +57,8 @@ def number(
 
 def interval(value: Interval | None, show: Callable[[float], str], arm: Finding, why: str, title: str = "") -> Cell:
     """A mean with its interval beneath."""
-    note = span(value, show) if value is not None and math.isfinite(value.low + value.high) else ""
+    ranges = value is not None and math.isfinite(value.low + value.high) and value.low < value.high
+    note = span(value, show) if value is not None and ranges else ""
     return number(value.mean if value is not None else None, show, arm, why, note, title)
 
 
