@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -94,12 +94,16 @@ def test_it_opens_without_errors_and_fits(browser: Browser, folders: dict[str, P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("name", ["all", "many"])
-def test_big_studies_fit_and_no_label_covers_another(browser: Browser, tmp_path: Path, name: str, width: int) -> None:
-    study = studies.whole() if name == "all" else studies.many()
+@pytest.mark.parametrize("make", [studies.whole, studies.many])
+def test_big_studies_fit_and_no_label_covers_another(browser: Browser, tmp_path: Path, make: Callable) -> None:
+    study = make()
     write_page(study, tmp_path)
-    with opened(browser, tmp_path, width) as page:
+    for width in (1280, 390):
+        labels_apart(browser, tmp_path, width, study)
+
+
+def labels_apart(browser: Browser, folder: Path, width: int, study: Findings) -> None:
+    with opened(browser, folder, width) as page:
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         for index in range(2):
             texts = page.locator(".scatter").nth(index).locator("svg:visible text")

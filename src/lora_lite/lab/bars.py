@@ -15,6 +15,7 @@ from lora_lite.lab.panels import LETTER, Sketch, shorten
 WIDTH = 358  # pixels: fits a telephone
 ROW = 18  # pixels of an arm's line
 VALUE = 62  # pixels for the number beside it
+TICK = 48  # pixels for the number at a tick
 PARTS = {"calibration": 0.95, "factorisation": 0.55, "build": 0.25}  # of attaching -> how dark
 
 Value = float | int | Interval | dict[str, float]
@@ -108,7 +109,7 @@ def draw_costs(
         lows = [value.low for value in known.values() if isinstance(value, Interval)]
         start = min([*lows, *ends]) if lows else 0.0
         axes.set_xlim(start - (0.06 * (max(ends) - start) if lows else 0), start + 1.06 * (max(ends) - start) or 1.0)
-        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_locator(MaxNLocator(max(1, int(axes.get_window_extent().width / TICK))))
     if base is not None:
         axes.axvline(base, color=INK, linewidth=1, alpha=0.6)
     for y, (arm, value) in enumerate(values.items()):
