@@ -10,8 +10,8 @@ from lora_lite import cli
 from lora_lite.lab.study import study_names
 
 SMALL = [
-    "--task", "gcd", "--validation-examples", "4", "--test-examples", "4", "--seeds", "1", "--rates", "1", "--steps", "2",
-    "--batch-size", "2", "--general-windows", "0", "--other-task", "", "--max-new-tokens", "4", "--no-costs",
+    "--task", "gcd", "--validation-examples", "4", "--test-examples", "4", "--seeds", "1", "--rates", "1", "--steps",
+    "2", "--batch-size", "2", "--general-windows", "0", "--other-task", "", "--max-new-tokens", "4", "--no-costs",
 ]  # fmt: skip
 
 
@@ -52,7 +52,9 @@ def test_bench_measures_and_makes_a_page_and_report_makes_it_again(
 def test_a_failed_arm_exits_with_1_and_says_why(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench(folder, "--methods", "lora,lora[r=4000000000000]", "--no-page") == 1
     printed = capsys.readouterr().out
-    assert "failed: lora[r=4000000000000]: learning rate 0.0002: " in printed and "every learning rate failed" in printed
+    assert (
+        "failed: lora[r=4000000000000]: learning rate 0.0002: " in printed and "every learning rate failed" in printed
+    )
     assert not (folder / "out" / "index.html").exists()
 
 

@@ -7,9 +7,10 @@ import pytest
 from lab_helpers import write_rows
 
 from lora_lite.lab import row_tasks, tasks
+from lora_lite.lab.catalogue import load_task
 from lora_lite.lab.corpora import CorpusError
 from lora_lite.lab.scoring import ScoringError
-from lora_lite.lab.tasks import Task, TaskError, content_key, load_task
+from lora_lite.lab.tasks import Task, TaskError, content_key
 
 
 def gsm_row(i: int) -> dict[str, str]:
@@ -96,7 +97,7 @@ def test_provenance_is_plain_data_that_counts_what_was_left_out(gsm8k: Path) -> 
     left_out = found["train"].pop("left_out")
     assert left_out == {
         "without question or answer": 2,
-        "a question that came before": 1,
+        "came before": 1,
         "also a held-out question": 1,
         "own answer does not score": 1,
     }

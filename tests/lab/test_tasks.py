@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_lite.lab import gym, tasks
+from lora_lite.lab import catalogue, gym, tasks
 from lora_lite.lab.scoring import numeric
 from lora_lite.lab.tasks import Example, Task, TaskError
 
@@ -22,7 +22,7 @@ GENERATORS = [
 
 @pytest.mark.parametrize("name", GENERATORS)
 def test_the_oracle_answer_scores_one_and_others_less(name: str) -> None:
-    task = tasks.load_task(name)
+    task = catalogue.load_task(name)
     for example in task.examples("validation", 5):
         assert task.score(example, example.answer) == 1.0
         assert task.score(example, f"\n {example.answer}  ") == 1.0
@@ -32,7 +32,7 @@ def test_the_oracle_answer_scores_one_and_others_less(name: str) -> None:
 
 @pytest.mark.parametrize("name", GENERATORS)
 def test_splits_share_no_content_whatever_the_seeds(name: str) -> None:
-    task = tasks.load_task(name)
+    task = catalogue.load_task(name)
     parts = {
         split: {tasks.content_key(e.prompt) for seed in (0, 1) for e in task.examples(split, 40, seed)}
         for split in tasks.SPLITS
@@ -43,15 +43,15 @@ def test_splits_share_no_content_whatever_the_seeds(name: str) -> None:
 
 @pytest.mark.parametrize("split", list(tasks.SPLITS))
 def test_the_seed_decides_and_nothing_else(split: str) -> None:
-    task = tasks.load_task("chain_sum")
-    assert task.examples(split, 30, seed=3) == tasks.load_task("chain_sum").examples(split, 30, seed=3)
+    task = catalogue.load_task("chain_sum")
+    assert task.examples(split, 30, seed=3) == catalogue.load_task("chain_sum").examples(split, 30, seed=3)
     assert task.examples(split, 60, seed=3)[:30] == task.examples(split, 30, seed=3)
     neighbours = set(map(repr, task.examples(split, 60, seed=3))) & set(map(repr, task.examples(split, 60, seed=4)))
     assert len(neighbours) < 6  # generators seed item i with seed + i: unhashed, 59 of 60 would be shared
 
 
 def test_no_example_comes_twice() -> None:
-    keys = [tasks.content_key(e.prompt) for e in tasks.load_task("coin_flip").examples("train", 40)]
+    keys = [tasks.content_key(e.prompt) for e in catalogue.load_task("coin_flip").examples("train", 40)]
     assert len(set(keys)) == len(keys)
 
 
@@ -83,7 +83,7 @@ def test_split_shares_are_as_declared() -> None:
 )
 def test_bad_specs_say_what_is_wrong(spec: str, message: str) -> None:
     with pytest.raises(TaskError, match=message):
-        tasks.load_task(spec)
+        catalogue.load_task(spec)
 
 
 @pytest.mark.parametrize(
@@ -96,16 +96,16 @@ def test_bad_specs_say_what_is_wrong(spec: str, message: str) -> None:
     ],
 )
 def test_parse_spec(spec: str, expected: tuple[str, dict]) -> None:
-    assert tasks.parse_spec(spec) == expected
+    assert catalogue.parse_spec(spec) == expected
 
 
 def test_parameters_reach_the_generator() -> None:
-    task = tasks.load_task("word_sequence_reversal:min_words=3,max_words=4")
+    task = catalogue.load_task("word_sequence_reversal:min_words=3,max_words=4")
     assert {e.answer.count(",") + 1 for e in task.examples("train", 40)} == {3, 4}
 
 
 def test_a_mixture_has_equal_parts_each_scored_by_its_own_task() -> None:
-    mixture = tasks.load_task("gcd+calendar_arithmetic")
+    mixture = catalogue.load_task("gcd+calendar_arithmetic")
     examples = mixture.examples("train", 20)
     assert [e.task for e in examples] == ["gcd", "calendar_arithmetic"] * 10
     assert all(mixture.score(e, e.answer) == 1.0 for e in examples)
@@ -161,7 +161,7 @@ def test_prompts_are_built_from_a_template_even_with_braces_in_the_question() ->
 
 
 def test_what_every_question_repeats_can_be_dropped() -> None:
-    task = tasks.load_task(r"word_sequence_reversal:drop=^.*after the comma\.\s*,max_words=4")
+    task = catalogue.load_task(r"word_sequence_reversal:drop=^.*after the comma\.\s*,max_words=4")
     for example in task.examples("validation", 5):
         assert example.prompt.startswith("Reverse this list of words: ")
         assert task.score(example, example.answer) == 1.0
@@ -174,20 +174,22 @@ def test_a_bad_drop_is_an_error(drop: str, message: str) -> None:
 
 
 def test_plain_prompts_of_generators_are_the_question_and_a_line_end() -> None:
-    plain, chat = tasks.load_task("gcd:chat=False"), tasks.load_task("gcd")
+    plain, chat = catalogue.load_task("gcd:chat=False"), catalogue.load_task("gcd")
     for one, other in zip(plain.examples("test", 5), chat.examples("test", 5), strict=True):
         assert one.prompt == f"{other.prompt}\n" and one.answer == other.answer
         assert (one.chat, one.instruction) == (False, "") and other.chat and other.instruction == tasks.INSTRUCTION
         assert plain.score(one, f" {one.answer}") == 1.0
-    assert tasks.load_task("gcd:chat=False,template=Q: {question}\nA:").examples("test", 1)[0].prompt.endswith("\nA:")
+    assert (
+        catalogue.load_task("gcd:chat=False,template=Q: {question}\nA:").examples("test", 1)[0].prompt.endswith("\nA:")
+    )
     with pytest.raises(TaskError, match="carries no instruction, got 'Be brief'"):
-        tasks.load_task("gcd:chat=False,instruction=Be brief")
+        catalogue.load_task("gcd:chat=False,instruction=Be brief")
 
 
 def test_a_generator_tells_its_package_and_parameters() -> None:
-    found = tasks.load_task("gcd:max_value=50,chat=False").provenance
+    found = catalogue.load_task("gcd:max_value=50,chat=False").provenance
     assert found == {"generator": "gcd", "reasoning_gym": version("reasoning_gym"), "parameters": {"max_value": 50}}
-    params = tasks.load_task("word_sequence_reversal:min_words=3,drop=x").provenance["parameters"]
+    params = catalogue.load_task("word_sequence_reversal:min_words=3,drop=x").provenance["parameters"]
     assert params == {"min_words": 3}  # how a question is asked shows in the examples' fingerprint
 
 
@@ -201,7 +203,7 @@ def test_a_generator_tells_its_package_and_parameters() -> None:
     ],
 )
 def test_a_plus_separates_tasks_where_a_name_follows(spec: str, names: list[str]) -> None:
-    assert tasks.load_task(spec).name.split("+") == names
+    assert catalogue.load_task(spec).name.split("+") == names
 
 
 def test_a_fingerprint_follows_prompts_answers_and_their_order() -> None:
@@ -234,5 +236,5 @@ def test_a_wrong_answer_key_is_an_error_that_shows_it() -> None:
 
 @pytest.mark.parametrize("name", GENERATORS)
 def test_the_keys_of_generators_are_sound(name: str) -> None:
-    task = tasks.load_task(name)
+    task = catalogue.load_task(name)
     tasks.require_sound_key(task, task.examples("test", 20))

@@ -171,10 +171,10 @@ class Analysis:
         difficulty = np.mean([correct(record) for record in first.values()], axis=0)
         order = np.argsort(difficulty, kind="stable")
         chosen = order[np.unique(np.linspace(0, len(order) - 1, min(EXAMPLES, len(order))).round().astype(int))]
-        return tuple(
-            Item(*items[i], tuple(Reply(n, r["completions"][i], r["scores"][i]) for n, r in first.items()))
-            for i in map(int, chosen)
-        )
+        replies = [
+            tuple(Reply(name, run["completions"][i], run["scores"][i]) for name, run in first.items()) for i in chosen
+        ]
+        return tuple(Item(items[i][0], items[i][1], given) for i, given in zip(chosen, replies, strict=True))
 
 
 def correct(record: Record) -> np.ndarray:

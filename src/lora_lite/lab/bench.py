@@ -68,10 +68,10 @@ def chosen_rates(study: Study, plan: dict[str, Any], ledger: Ledger) -> dict[str
     found: dict[str, float | None] = {}
     for arm in study.arms():
         tried = {lr: ledger.read(run_id(job_config(study, Job("tune", arm, lr), plan))) for lr in study.grid(arm)}
-        if all(record is not None for record in tried.values()):
-            losses = {
-                lr: record["losses_after"]["validation"] for lr, record in tried.items() if record["status"] == DONE
-            }
+        records = {lr: record for lr, record in tried.items() if record is not None}
+        if len(records) == len(tried):
+            done = {lr: record for lr, record in records.items() if record["status"] == DONE}
+            losses = {lr: record["losses_after"]["validation"] for lr, record in done.items()}
             found[arm.name] = min(losses, key=losses.__getitem__) if losses else None
     return found
 

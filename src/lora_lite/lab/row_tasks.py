@@ -1,8 +1,8 @@
 """Tasks from rows of questions and answers: GSM8K, MetaMathQA judged by GSM8K, and a file of your own.
 
-Rows without question or answer, repeated questions, and training rows that are held-out questions too, or whose own
-answer gets no full score, are left out and counted in the task's provenance. A held-out answer that does not score is
-an error.
+Rows without question or answer, repeated rows (of held-out parts: repeated questions), and training rows that are
+held-out questions too, or whose own answer gets no full score, are left out and counted in the task's provenance. A
+held-out answer that does not score is an error.
 """
 
 import re
@@ -41,18 +41,29 @@ VALIDATION_ROWS = 500
 LONG = 50_000  # rows from which on progress is shown
 _CALCULATOR = re.compile(r"<<.*?>>")  # GSM8K's "<<48/2=24>>", meant for a tool
 
+Key = tuple[bytes, bytes]  # content of the question and, in training, of the answer
 Maker = Callable[[str, str], Example]  # (question, answer) -> example
 
 
 @dataclass
 class Part:
-    """The examples of one split by their content keys, where they are from, and how many rows were left out why."""
+    """The examples of one split by their content, where they are from, and how many rows were left out why.
 
-    examples: dict[bytes, Example]
+    In training a question may come with several answers, as most of MetaMathQA's do; elsewhere it counts once.
+    """
+
+    examples: dict[Key, Example]
     origin: dict[str, str]
     left_out: Counter[str]
 
-    def leave_out(self, why: str, keys: list[bytes]) -> None:
+    def add(self, example: Example, several: bool) -> None:
+        """Add an example, or count it as left out if it was there. several: a question may have several answers."""
+        key = (content_key(example.prompt), content_key(example.answer) if several else b"")
+        if key in self.examples:
+            self.left_out["came before"] += 1
+        self.examples.setdefault(key, example)
+
+    def leave_out(self, why: str, keys: list[Key]) -> None:
         """Take examples out, and count them."""
         for key in keys:
             del self.examples[key]
@@ -147,9 +158,10 @@ def jsonl_task(
     parts = {split: read_part(file, split, make, question, answer) for split, file in given.items() if file}
     shares = {split: Part({}, whole.origin, Counter()) for split in SPLITS if split not in parts}
     shares["train"].left_out = whole.left_out
-    for key, example in whole.examples.items():
+    for example in whole.examples.values():
         share = split_of(example.prompt)
-        shares[share if share in shares else "train"].examples[key] = example
+        share = share if share in shares else "train"
+        shares[share].add(example, several=share == "train")
     return assemble(str(path), {**parts, **shares}, judge, max_new_tokens=max_new_tokens)
 
 
@@ -161,7 +173,7 @@ TASKS: dict[str, Callable[..., Task]] = {
 
 
 def read_part(source: str, split: str, make: Maker, question: str = "question", answer: str = "answer") -> Part:
-    """The rows of a split as examples; those without question or answer and repeated questions left out and counted."""
+    """The rows of a split as examples; those without question or answer and repeated ones left out and counted."""
     rows = load_rows(source, split, (question, answer))
     part = Part({}, {"from": source, "split": split}, Counter())
     for row in tqdm(rows, desc=f"read {source}", unit="row", disable=len(rows) < LONG):
@@ -169,21 +181,22 @@ def read_part(source: str, split: str, make: Maker, question: str = "question", 
         if not asked or not told:
             part.left_out["without question or answer"] += 1
             continue
-        example = make(asked, told)
-        key = content_key(example.prompt)
-        if key in part.examples:
-            part.left_out["a question that came before"] += 1
-        part.examples.setdefault(key, example)
+        part.add(make(asked, told), several=split == "train")
     return part
 
 
 def hold_back(train: Part, count: int | None) -> Part:
-    """Take the `count` examples of the smallest content keys out of `train`: the same ones whatever their order."""
-    there = len(train.examples)
-    taken = max(1, min(VALIDATION_ROWS, there // 10)) if count is None else count
-    if not 0 < taken < there:
-        raise TaskError(f"cannot hold back {taken} of the {there} rows of {train.origin['from']!r} for validation")
-    return Part({key: train.examples.pop(key) for key in sorted(train.examples)[:taken]}, train.origin, Counter())
+    """Take the `count` questions of the smallest content keys out of `train`: the same ones whatever their order."""
+    questions = sorted({question for question, _ in train.examples})
+    taken = max(1, min(VALIDATION_ROWS, len(questions) // 10)) if count is None else count
+    if not 0 < taken < len(questions):
+        raise TaskError(
+            f"cannot hold back {taken} of the {len(questions)} rows of {train.origin['from']!r} for validation"
+        )
+    held, chosen = Part({}, train.origin, Counter()), set(questions[:taken])
+    for key in sorted(key for key in train.examples if key[0] in chosen):
+        held.add(train.examples.pop(key), several=False)
+    return held
 
 
 def assemble(
@@ -200,8 +213,8 @@ def assemble(
     held_out: set[bytes] = set()
     for split in ("test", "validation", "train"):
         part = parts[split]
-        part.leave_out("also a held-out question", [key for key in part.examples if key in held_out])
-        held_out |= part.examples.keys()
+        part.leave_out("also a held-out question", [key for key in part.examples if key[0] in held_out])
+        held_out |= {question for question, _ in part.examples}
     verify = by_reference(judge)
     lists = {split: list(part.examples.values()) for split, part in parts.items()}
     whole = from_splits(name, lists, verify)

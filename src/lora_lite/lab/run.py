@@ -19,11 +19,12 @@ from tqdm.auto import tqdm
 import lora_lite as ll
 from lora_lite.adapter import variant_of
 from lora_lite.cost import peak_memory_mb
+from lora_lite.lab.catalogue import load_task
 from lora_lite.lab.data import MAX_LENGTH, Encoded, collate, encode
 from lora_lite.lab.evaluate import Evaluation, evaluate
 from lora_lite.lab.models import EMBEDDED, load_model
 from lora_lite.lab.provenance import provenance
-from lora_lite.lab.tasks import load_task, require_sound_key
+from lora_lite.lab.tasks import require_sound_key
 from lora_lite.lab.trackers import Trackers, require_trackers
 from lora_lite.lab.train import Progress, TrainConfig, last_checkpoint, train
 

@@ -169,8 +169,8 @@ def load_study(name: str, smoke: bool = False) -> Study:
     """
     if name not in study_names():
         raise StudyError(f"no study {name!r}; there are {', '.join(study_names())}")
-    text = resources.files("lora_lite.lab").joinpath("studies", f"{name}.yaml").read_text(encoding="utf-8")
-    values = yaml.safe_load(text)
+    file = resources.files("lora_lite.lab").joinpath("studies").joinpath(f"{name}.yaml")
+    values = yaml.safe_load(file.read_text(encoding="utf-8"))
     small = values.pop("smoke", {})
     if smoke:
         training = {**values.get("training", {}), **small.pop("training", {})}

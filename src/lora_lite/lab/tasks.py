@@ -1,16 +1,15 @@
 """Tasks: seeded examples in splits that share no content, and a verifier that scores a completion.
 
 A task is data: a source of examples and a scoring function. Anything that can say those two things is a task; the
-generators of reasoning-gym (`gym`) and the rows of data sets and files (`row_tasks`) are the suppliers.
+generators of reasoning-gym (`gym`) and the rows of data sets and files (`row_tasks`) are the suppliers, and `catalogue`
+finds tasks by name.
 
     task = load_task("family_relationships")
     train, test = task.examples("train", 480, seed=0), task.examples("test", 100, seed=0)
     task.score(test[0], "grandfather")        # in [0, 1], by the task's own verifier
 """
 
-import ast
 import hashlib
-import inspect
 import itertools
 import math
 import random
@@ -18,7 +17,6 @@ import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from lora_lite.errors import LoraLiteError
@@ -80,13 +78,16 @@ class Task:
     notes: tuple[str, ...] = ()
 
     def distinct(self, split: str, seed: int = 0) -> Iterator[Example]:
-        """Examples of a split in seeded order, each content once. Ends when PATIENCE draws bring nothing new."""
+        """Examples of a split in seeded order, each question once; in training, each question with each of its answers.
+
+        Ends when PATIENCE draws bring nothing new.
+        """
         if split not in SPLITS:
             raise TaskError(f"unknown split {split!r}; it is one of {', '.join(SPLITS)}")
         seen: set[bytes] = set()
         misses = 0
         for example in self.source(split, seed):
-            key = content_key(example.prompt)
+            key = content_key(f"{example.prompt}\n{example.answer}" if split == "train" else example.prompt)
             misses = misses + 1 if key in seen else 0
             if misses > PATIENCE:
                 return
@@ -224,70 +225,3 @@ def from_examples(name: str, examples: Sequence[Example], verify: Verifier = EXA
     for example in examples:
         parts[split_of(example.prompt)].append(example)
     return from_splits(name, parts, verify, **options)
-
-
-def mixture(tasks: Sequence[Task]) -> Task:
-    """Several tasks in turn, equally many examples of each; every example is scored by its own task."""
-    if len({task.name for task in tasks}) != len(tasks) or not tasks:
-        raise TaskError(f"a mixture needs tasks of different names, got {[task.name for task in tasks]}")
-    by_name = {task.name: task for task in tasks}
-
-    def source(split: str, seed: int) -> Iterator[Example]:
-        parts = [task.distinct(split, seed) for task in tasks]
-        for batch in zip(*parts, strict=False):  # ends with the first part that is exhausted
-            yield from batch
-
-    def verify(example: Example, completion: str) -> float:
-        return by_name[example.task].score(example, completion)
-
-    budgets = [task.max_new_tokens for task in tasks]
-    budget = None if None in budgets else max(b for b in budgets if b is not None)
-    provenance = {task.name: task.provenance for task in tasks}
-    notes = tuple(dict.fromkeys(note for task in tasks for note in task.notes))
-    return Task("+".join(by_name), source, verify, str, budget, provenance, notes)
-
-
-def load_task(spec: str) -> Task:
-    """A task from a line of text: "name", "name:key=value,key=value", or several with "+".
-
-    A name is one of `row_tasks.TASKS` (gsm8k, metamath_gsm8k, jsonl), a file of your own ("mine.jsonl" is short for
-    "jsonl:path=mine.jsonl"), or a generator of reasoning-gym; the keys are the arguments of its function, there or in
-    `gym.gym_task`. Values are Python literals, anything else is a string: "spell_backward:max_word_len=5+gcd". A comma
-    between brackets is part of a value, and so is a "+" that no name follows.
-    Raises TaskError for an unknown name (with near misses), or a parameter that does not exist or is refused.
-    """
-    tasks = [_supply(*parse_spec(part)) for part in re.split(r"\+(?=\s*[\w./~-]+\s*(?::|\+|$))", spec)]
-    return tasks[0] if len(tasks) == 1 else mixture(tasks)
-
-
-def _supply(name: str, params: dict[str, Any]) -> Task:
-    # Imported here: the suppliers build on this module, and reasoning-gym takes seconds to import.
-    from lora_lite.lab.corpora import READERS
-    from lora_lite.lab.row_tasks import TASKS
-
-    if Path(name).suffix in READERS:
-        name, params = "jsonl", {"path": name, **params}
-    if name in TASKS:
-        known = inspect.signature(TASKS[name]).parameters
-        unknown = [key for key in params if key not in known]
-        if unknown:
-            raise TaskError(f"the task {name!r} has no parameter {unknown[0]!r}; it has {', '.join(known)}")
-        return TASKS[name](**params)
-    from lora_lite.lab.gym import gym_task
-
-    return gym_task(name, **params)
-
-
-def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
-    """Split "name:key=value,..." into the name and the parameters. Commas inside brackets do not separate."""
-    name, _, rest = spec.strip().partition(":")
-    params: dict[str, Any] = {}
-    for part in filter(None, re.split(r",(?![^(\[]*[)\]])", rest)):
-        key, equals, value = part.partition("=")
-        if not equals or not key.strip():
-            raise TaskError(f"{part!r} in the task {spec!r} is not key=value")
-        try:
-            params[key.strip()] = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError):
-            params[key.strip()] = value.strip()
-    return name.strip(), params

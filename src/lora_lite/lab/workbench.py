@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_lite.errors import LoraLiteError
+from lora_lite.lab.catalogue import load_task
 from lora_lite.lab.corpora import general_text
 from lora_lite.lab.data import Encoded, answer_budget, encode, text_windows
 from lora_lite.lab.evaluate import Evaluation, answer_loss_of, evaluate, text_loss
@@ -15,7 +16,7 @@ from lora_lite.lab.models import load_model
 from lora_lite.lab.provenance import base_print, provenance
 from lora_lite.lab.run import pick_device, pick_dtype
 from lora_lite.lab.study import Job, Study
-from lora_lite.lab.tasks import Example, Task, fingerprint, load_task, require_sound_key
+from lora_lite.lab.tasks import Example, Task, fingerprint, require_sound_key
 
 DATA_SEED = 0
 
@@ -101,7 +102,7 @@ def open_workbench(study: Study) -> Workbench:
         "base": base_print(model),
         **{part: fingerprint(examples) for part, examples in parts.items()},
         "other": fingerprint(other),
-        "general": fingerprint([Example(tokenizer.decode(window), "", "text") for window in windows]),
+        "general": fingerprint([Example(str(tokenizer.decode(window)), "", "text") for window in windows]),
     }
     budget = study.max_new_tokens or answer_budget(task, tokenizer)
     sources = {"task": dict(task.provenance), "tokens": counts, "notes": list(task.notes)}
