@@ -87,7 +87,8 @@ def test_it_opens_without_errors_and_fits(browser: Browser, folders: dict[str, P
         page.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         beyond = """width => [...document.querySelectorAll('body *')].filter(each =>
-            !each.closest('.scroll') && !each.closest('svg') && each.getBoundingClientRect().right > width + 0.5)
+            !each.closest('.scroll') && !each.parentElement.closest('svg')
+            && each.getBoundingClientRect().right > width + 0.5)
             .map(each => each.outerHTML.slice(0, 200))"""
         assert page.evaluate(beyond, width) == []
         assert page.locator("svg.chart:visible").count() == page.locator("svg.chart[aria-label]:visible").count()
@@ -130,7 +131,10 @@ def test_a_click_on_a_header_sorts_by_numbers(browser: Browser, folders: dict[st
         header.get_by_role("button").click()
         assert header.get_attribute("aria-sort") == "descending"
         assert [int(text.replace(",", "")) for text in column(page, "trained parameters")] == values[::-1]
-        page.locator("#arms th", has_text="accuracy").get_by_role("button").click()  # best first
+        page.locator("#arms th", has_text="difference to lora").get_by_role("button").click()  # best first
+        differences = [float(text.replace("−", "-")) for text in column(page, "difference to lora")]
+        assert differences == sorted(differences, reverse=True) and sum(value < 0 for value in differences) > 2
+        page.locator("#arms th", has_text="accuracy").get_by_role("button").click()
         accuracies = [float(text.rstrip("%")) for text in column(page, "accuracy")]
         assert accuracies == sorted(accuracies, reverse=True)
         assert page.locator("[aria-sort]").count() == 1
