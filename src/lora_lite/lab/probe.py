@@ -19,7 +19,7 @@ from lora_lite.lab.run import RunConfig, calibration, pick_device, pick_dtype
 from lora_lite.lab.train import TrainConfig
 
 STEPS = 3  # the second is the first in which all of a LoRA can move
-EXAMPLES, BATCH = 16, 4
+EXAMPLES, BATCH = 8, 2
 NOT_REACHED = "not reached"
 
 
