@@ -153,10 +153,18 @@ def writes_the_base(self: Any, x: Any, y: Any, layer: Any, c: Any) -> Any:
     return y * self.g * c.to(y.dtype)
 
 
+def overflows(self: Any, x: Any, y: Any, layer: Any, c: Any) -> Any:
+    return y * (self.g * c.to(y.dtype) if self.training else float("nan"))
+
+
 @pytest.mark.usefixtures("registry")
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [(raises, "RuntimeError: this method does not work"), (writes_the_base, "base's bits changed")],
+    [
+        (overflows, "the loss after training is not finite (validation: nan)"),
+        (raises, "RuntimeError: this method does not work"),
+        (writes_the_base, "base's bits changed"),
+    ],
 )
 def test_a_failed_run_is_recorded_and_the_others_go_on(change: Any, reason: str, model: str, tmp_path: Path) -> None:
     fail_at(change)

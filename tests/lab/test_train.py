@@ -109,7 +109,7 @@ def test_resuming_from_the_middle_ends_with_the_same_bits(tmp_path: Path) -> Non
     found = last_checkpoint(tmp_path)
     assert found is not None and found.name == "step-6"
     torch.manual_seed(12345)
-    resumed_losses, resumed = run(tmp_path, resume=True)
+    resumed_losses, resumed = run(tmp_path, resume=True, save_every=5)  # how often it writes does not matter
     assert resumed_losses == losses
     assert all(torch.equal(resumed[key], value) for key, value in tensors.items())
 

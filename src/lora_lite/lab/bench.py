@@ -2,7 +2,8 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from lora_lite.lab.ledger import DONE, FAILED, Ledger, publish, read_json, run_i
 from lora_lite.lab.provenance import provenance
 from lora_lite.lab.run import calibration
 from lora_lite.lab.study import Job, Study, jobs
-from lora_lite.lab.train import last_checkpoint, train
+from lora_lite.lab.trackers import Trackers, require_trackers
+from lora_lite.lab.train import Progress, last_checkpoint, train
 from lora_lite.lab.workbench import Workbench, job_config, open_workbench, plan_of
 
 POLL_SECONDS = 2.0
@@ -23,16 +25,21 @@ POLL_SECONDS = 2.0
 FAILURES = (ll.LoraLiteError, RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError)
 
 
-def run_study(study: Study, folder: Path, command: str = "", retry_failed: bool = False) -> Ledger:
+def run_study(
+    study: Study, folder: Path, command: str = "", retry_failed: bool = False, report_to: Sequence[str] = ()
+) -> Ledger:
     """Do all that a study asks for and the folder does not hold yet; returns the ledger.
 
     May be stopped at any moment, and started again with the same folder; several processes may work on one.
-    command: what a reader types to run it again. retry_failed: try failed runs again.
+    command: what a reader types to run it again. retry_failed: try failed runs again. report_to: trackers, which write
+    to `folder`/trackers/RUN.
     Raises what is wrong with the study's task, data or model before anything is run.
     """
     ledger = Ledger(folder)
-    study.arms()  # errors in the line of arms come before the model is loaded
+    study.arms()  # errors in the line of arms, and missing trackers, come before the model is loaded
+    require_trackers(report_to)
     bench = open_workbench(study)
+    bench.trackers = partial(Trackers, report_to, device=bench.device)
     plan = {**plan_of(bench), "command": command}
     publish(folder / "study.json", plan)
     publish(ledger.data / f"{bench.prints['test']}.json", [[e.prompt, e.answer] for e in bench.test])
@@ -138,7 +145,19 @@ def train_and_measure(job: Job, bench: Workbench, scratch: Path) -> dict[str, An
         data = calibration(methods, bench.train, bench.pad, training.batch_size)
         cost = ll.attach(bench.model, methods, data).cost
         seconds |= {f"attach_{phase}": value for phase, value in cost.seconds.items()} if cost else {}
-    progress = train(bench.model, bench.train, bench.pad, training, scratch, resume=True)
+    settings = {"job": str(job), "training": dataclasses.asdict(training)}
+    with bench.trackers(scratch.parent.parent / "trackers" / scratch.name, settings) as trackers:
+        progress = train(bench.model, bench.train, bench.pad, training, scratch, resume=True, on_step=trackers.step)
+        found, more = measured(job, bench, scratch, progress)
+        trackers.finish({key: found[key] for key in ("losses_after", "accuracy") if key in found})
+    ll.detach(bench.model)
+    seconds |= {"train": progress.seconds, **more}
+    return {**found, "seconds": {key: round(value, 3) for key, value in seconds.items()}}
+
+
+def measured(job: Job, bench: Workbench, scratch: Path, progress: Progress) -> tuple[dict[str, Any], dict[str, float]]:
+    """What is measured of a trained adapter, and the seconds that it took."""
+    seconds: dict[str, float] = {}
     found: dict[str, Any] = {
         "curve": [round(loss, 6) for loss in progress.losses],
         "tokens": progress.tokens,
@@ -147,13 +166,11 @@ def train_and_measure(job: Job, bench: Workbench, scratch: Path) -> dict[str, An
         "trainable": ll.attachment(bench.model).num_trainable,
         "stored_bytes": ll.save(bench.model, scratch / "adapter.safetensors").stat().st_size,
     }
-    seconds["train"] = progress.seconds
     if job.kind == "seed":
         answers = bench.answers()
         found |= replies(answers)
         seconds["evaluate"] = answers.seconds
-    ll.detach(bench.model)
-    return {**found, "seconds": {key: round(value, 3) for key, value in seconds.items()}}
+    return found, seconds
 
 
 def replies(answers: Evaluation) -> dict[str, Any]:

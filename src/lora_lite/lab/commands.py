@@ -63,6 +63,7 @@ class BenchFlags:
         retry_failed: try failed runs again.
         tsv: write all runs as tab-separated values to this file as well.
         no_page: only measure; `lora-lite report` makes the page later.
+        report_to: trackers: "tensorboard", "wandb", "trackio"; through accelerate.
     """
 
     study: Study = field(default_factory=Study)
@@ -70,6 +71,7 @@ class BenchFlags:
     retry_failed: bool = False
     tsv: Path | None = None
     no_page: bool = False
+    report_to: tuple[str, ...] = ()
 
 
 BENCH = """Compare methods on a model and a task, with equal budgets, and say which differences are real.
@@ -113,7 +115,7 @@ def study(arguments: Sequence[str]) -> int:
 def compare(asked: BenchFlags, command: str) -> int:
     """Run a study, and show what it found."""
     folder = asked.out or Path("runs") / asked.study.name
-    ledger = run_study(asked.study, folder, command, asked.retry_failed)
+    ledger = run_study(asked.study, folder, command, asked.retry_failed, asked.report_to)
     if asked.tsv:
         write_tsv(ledger, asked.tsv)
     return show(folder, page=not asked.no_page)

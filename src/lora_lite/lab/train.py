@@ -217,8 +217,9 @@ def _note(progress: Progress, loss: float, batch: Sequence[Encoded], seconds: fl
 
 
 def fingerprint(cfg: TrainConfig, items: Sequence[Encoded]) -> str:
-    """A hash of what a run must share with the checkpoint that it goes on from."""
-    digest = hashlib.sha256(json.dumps(dataclasses.asdict(cfg), sort_keys=True).encode())
+    """A hash of what a run must share with the checkpoint that it goes on from; how often it writes them is its own."""
+    settings = {key: value for key, value in dataclasses.asdict(cfg).items() if key != "save_every"}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for item in items:
         digest.update(repr((item.prompt, item.answer)).encode())
     return digest.hexdigest()

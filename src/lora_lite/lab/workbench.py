@@ -1,7 +1,10 @@
 """What the runs of a study share: the model, the data, and what they are known by."""
 
 import dataclasses
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +20,13 @@ from lora_lite.lab.provenance import base_print, provenance
 from lora_lite.lab.run import pick_device, pick_dtype
 from lora_lite.lab.study import Job, Study
 from lora_lite.lab.tasks import Example, Task, fingerprint, require_sound_key
+from lora_lite.lab.trackers import Trackers
 
 DATA_SEED = 0
+
+
+class DivergedError(LoraLiteError, ArithmeticError):
+    """A trained adapter gives losses that are not finite."""
 
 
 class BaseChangedError(LoraLiteError, RuntimeError):
@@ -32,6 +40,7 @@ class Workbench:
     Attributes:
         prints: fingerprints of the base and of each part of the data; runs are named by them, among others.
         sources: where the data came from, with counts of what was left out.
+        trackers: makes a run's trackers, from a folder and settings.
     """
 
     study: Study
@@ -48,6 +57,7 @@ class Workbench:
     max_new_tokens: int
     prints: dict[str, str]
     sources: dict[str, Any]
+    trackers: Callable[..., Trackers]
 
     @property
     def pad(self) -> int:
@@ -71,6 +81,8 @@ class Workbench:
             found["general text"] = text_loss(self.model, self.windows)
         if forgetting and self.other:
             found[self.study.other_task] = answer_loss_of(self.model, self.other, self.pad, size)
+        if infinite := [f"{name}: {loss}" for name, loss in found.items() if not math.isfinite(loss)]:
+            raise DivergedError(f"the loss after training is not finite ({', '.join(infinite)}): the rate is too high")
         return found
 
     def answers(self) -> Evaluation:
@@ -108,7 +120,7 @@ def open_workbench(study: Study) -> Workbench:
     sources = {"task": dict(task.provenance), "tokens": counts, "notes": list(task.notes)}
     return Workbench(
         study, device, dtype, model, tokenizer, task, encoded["train"], encoded["validation"], parts["test"], windows,
-        encoded["other"], budget, prints, sources,
+        encoded["other"], budget, prints, sources, partial(Trackers, (), device=device),
     )  # fmt: skip
 
 
