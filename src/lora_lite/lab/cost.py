@@ -58,7 +58,8 @@ def costs(
         ModelError: the model, or its configuration, cannot be read.
     """
     rows = shape_costs(model_config(model), arms)
-    for name in tqdm([name for name, row in rows.items() if measure and "error" not in row], desc="costs", unit="arm"):
+    fitting = [name for name, row in rows.items() if "error" not in row] if measure else []
+    for name in tqdm(fitting, desc="costs", unit="arm", disable=not measure):
         try:
             rows[name] |= measure_arm(model, arms[name], dtype, quantization, workload, device)
         except (LoraLiteError, ValueError) as error:

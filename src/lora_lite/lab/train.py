@@ -138,9 +138,7 @@ def train(
     found = last_checkpoint(folder) if folder is not None and resume else None
     att = ll.load(model, found / ADAPTER, name=name, overwrite=True) if found else ll.attachment(model, name)
     peak = cfg.lr if cfg.lr is not None else next(iter(att.targets.values())).lr
-    optimizer = torch.optim.AdamW(ll.param_groups(model, peak, cfg.weight_decay, cfg.lora_plus_ratio, names=[name]))
-    for group in optimizer.param_groups:
-        group["ratio"] = group["lr"] / peak
+    optimizer = _optimizer(model, cfg, peak, name)
     set_seed(cfg.seed)
     progress = _restore(found, optimizer, cfg, items) if found else Progress()
     wrapped = accelerator.prepare_model(model)
@@ -184,6 +182,14 @@ def _step(accelerator: Accelerator, model: Any, batch: Sequence[Encoded], pad: i
         (loss * (count / total)).backward()
         mean += float(loss.detach()) * count / total
     return mean
+
+
+def _optimizer(model: PreTrainedModel, cfg: TrainConfig, peak: float, name: str) -> torch.optim.Optimizer:
+    """AdamW over the adapter's tensors; each group knows its ratio to the schedule's rate."""
+    optimizer = torch.optim.AdamW(ll.param_groups(model, peak, cfg.weight_decay, cfg.lora_plus_ratio, names=[name]))
+    for group in optimizer.param_groups:
+        group["ratio"] = group["lr"] / peak
+    return optimizer
 
 
 def _update(accelerator: Accelerator, optimizer: torch.optim.Optimizer, rate: float, clip: float) -> float:
