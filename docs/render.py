@@ -158,7 +158,7 @@ def study_methods_short() -> str:
     """The README's few columns of the study of all methods."""
     found = analyse(ROOT / "results" / "methods")
     picture = "![accuracy against trained parameters](results/methods/accuracy-parameters.png)"
-    kept = ("method", "accuracy, % [95%]", f"against {found.baseline}, points", "place", "seeds", "rate", "trained")
+    kept = ("method", "accuracy [95%]", f"points against {found.baseline}", "place", "seeds", "rate", "trained")
     lines = [tables.headline(found) + ":", "", tables.markdown(found, kept), "", *lacks(found), picture]
     return "\n".join(lines)
 

@@ -65,8 +65,7 @@ def test_a_failed_arm_exits_with_1_and_says_why(folder: Path, capsys: pytest.Cap
         (["--methods", "lora[rank=2]"], "lora has no setting rank"),
         (["--task", "gdc"], "did you mean gcd"),
         (["--max-length", "3"], "longer than 3"),
-        (["--lr", "0.1"], "lr and seed are set by the study"),
-        (["--baseline", "dora", "--methods", "lora"], "baseline = 'dora' is none of the arms lora"),
+        (["--report-to", "notes"], "no such tracker"),
     ],
 )
 def test_what_bench_cannot_do_says_why(
@@ -76,6 +75,25 @@ def test_what_bench_cannot_do_says_why(
     assert words in capsys.readouterr().err and not (folder / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--lr", "0.1"], "lr and seed are set by the study"),
+        (["--baseline", "dora", "--methods", "lora"], "baseline = 'dora' is none of the arms lora"),
+        (["--seeds", "0"], "seeds = 0: must be an integer >= 1"),
+        (["--no-such-flag"], "--no-such-flag"),
+    ],
+)
+def test_flags_of_bench_that_are_not_understood_exit_with_2(
+    flags: list[str], words: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        bench(folder, *flags)
+    assert stopped.value.code == 2
+    assert words in " ".join(capsys.readouterr().err.replace("│", " ").split()) and not (folder / "out").exists()
+
+
+@pytest.mark.slow
 def test_study_lists_what_there_is_and_takes_the_flags_of_bench(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

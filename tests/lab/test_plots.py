@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from matplotlib._pylab_helpers import Gcf
 from PIL import Image
 
-from lora_lite.lab import bars, drawing, labels, numerals, panels, plots
+from lora_lite.lab import numerals
 from lora_lite.lab.findings import Findings, Interval
-from lora_lite.lab.plots import Plots, front_of, pareto, plot
+from lora_lite.lab.page import bars, drawing, labels, panels, plots
+from lora_lite.lab.page.plots import Plots, front_of, pareto, plot
 
 FEW = {arm: studies.ARMS[arm] for arm in ("lora", "ia3", "antipasto", "antipasto_asvd")}
 

@@ -1,96 +1,89 @@
-"""Findings as tables: for a terminal and as Markdown. `CELLS` is the one list of columns."""
+"""Findings as tables: for a terminal and as Markdown. `cells` is the one list of columns."""
 
 from collections.abc import Callable, Container
 
 from rich.table import Table
 
+from lora_lite.lab import numerals
 from lora_lite.lab.arms import BASE
-from lora_lite.lab.findings import Change, Finding, Findings, Interval
+from lora_lite.lab.findings import Change, Cost, Finding, Findings, Interval
 
 NOTHING = "-"
+Cell = Callable[[Finding], str]
 
 
-def percent(value: Interval | None, signed: bool = False) -> str:
-    """ "61.2 [52.1, 69.6]", in percent (differences: in points, with signs)."""
-    if value is None:
-        return NOTHING
-    sign = "+" if signed else ""
-    return f"{100 * value.mean:{sign}.1f} [{100 * value.low:{sign}.1f}, {100 * value.high:{sign}.1f}]"
+def percent(value: Interval | None) -> str:
+    """ "61.2% [52.1%, 69.6%]"."""
+    return NOTHING if value is None else f"{numerals.percent(value.mean)} [{_ends(value, numerals.percent)}]"
 
 
-def short(number: float | None) -> str:
-    """A count with a unit: 4,884,480 -> "4.88 M"."""
-    if number is None:
-        return NOTHING
-    for size, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if abs(number) >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.0f}"
+def _ends(value: Interval, show: Callable[[float], str]) -> str:
+    return f"{show(value.low)}, {show(value.high)}"
 
 
-def rate(found: Finding) -> str:
-    """The chosen rate, with a sign where it is the end of the grid: the best may lie beyond."""
-    sign = {"lowest": " (lowest tried)", "highest": " (highest tried)"}.get(found.edge, "")
-    return f"{found.rate:g}{sign}" if found.rate is not None else NOTHING
+def against(found: Finding) -> str:
+    """The difference to the baseline in points, and what may be said of it."""
+    if found.against is None:
+        return found.verdict or NOTHING
+    ends = _ends(found.against, numerals.points)
+    return f"{numerals.points(found.against.mean)} [{ends}] {found.verdict}"
 
 
 def place(found: Finding) -> str:
     """ "1-4": the places that the data allow."""
-    if found.places is None:
+    return NOTHING if found.places is None else "-".join(map(str, dict.fromkeys(found.places)))
+
+
+def rate(found: Finding) -> str:
+    """The chosen rate, with a word where it is the end of the grid: the best may lie beyond."""
+    if found.rate is None:
         return NOTHING
-    best, worst = found.places
-    return str(best) if best == worst else f"{best}-{worst}"
-
-
-def against(found: Finding) -> str:
-    """The difference to the baseline, and what may be said of it."""
-    if found.against is None:
-        return found.verdict or NOTHING
-    return f"{percent(found.against, signed=True)} {found.verdict}"
+    return numerals.rate(found.rate) + (f" ({found.edge} tried)" if found.edge else "")
 
 
 def change(value: Change | None) -> str:
     """How a loss moved, in nats a token."""
-    return NOTHING if value is None else f"{value.after.mean - value.before:+.3f}"
+    return NOTHING if value is None else numerals.signed(value.after.mean - value.before)
 
 
-def ratio(value: Interval | None) -> str:
-    """ "1.16x"."""
-    return NOTHING if value is None else f"{value.mean:.2f}x"
+def of_cost(read: Callable[[Cost], float | None], show: Callable[[float], str]) -> Cell:
+    """The cell of a figure of the costs."""
+
+    def cell(found: Finding) -> str:
+        value = None if found.cost is None else read(found.cost)
+        return NOTHING if value is None else show(value)
+
+    return cell
 
 
-def _cost(read: Callable[..., str], name: str) -> Callable[[Finding], str]:
-    return lambda found: NOTHING if found.cost is None else read(getattr(found.cost, name))
+def mean(value: Interval | None) -> float | None:
+    """The mean of what may be missing."""
+    return None if value is None else value.mean
 
 
-def _memory(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:,.0f}"
+def attaching(cost: Cost) -> float | None:
+    """Seconds of all phases."""
+    return sum(cost.attach_seconds.values()) if cost.attach_seconds else None
 
 
-def _seconds(found: Finding) -> str:
-    if found.cost is None or not found.cost.attach_seconds:
-        return NOTHING
-    return f"{sum(found.cost.attach_seconds.values()):.1f}"
-
-
-def cells(findings: Findings) -> dict[str, Callable[[Finding], str]]:
+def cells(findings: Findings) -> dict[str, Cell]:
     """Column title -> the cell of an arm."""
     elsewhere = dict.fromkeys(name for arm in findings.arms for name in arm.forgetting)
     return {
         "method": lambda found: found.arm,
-        "accuracy, % [95%]": lambda found: percent(found.accuracy),
-        f"against {findings.baseline}, points": against,
+        "accuracy [95%]": lambda found: percent(found.accuracy),
+        f"points against {findings.baseline}": against,
         "place": place,
         "seeds": lambda found: NOTHING if found.arm == BASE else f"{len(found.seeds)}/{found.wanted_seeds}",
-        "val. loss": lambda found: NOTHING if found.validation_loss is None else f"{found.validation_loss.mean:.3f}",
+        "val. loss": lambda found: NOTHING if (loss := mean(found.validation_loss)) is None else numerals.loss(loss),
         "rate": rate,
-        "trained": _cost(short, "trainable"),
-        "file, bytes": _cost(short, "stored_bytes"),
-        "MACs/token": _cost(short, "macs_token"),
-        "forward": _cost(ratio, "forward"),
-        "step": _cost(ratio, "step"),
-        "memory, MB": _cost(_memory, "peak_memory_mb"),
-        "attach, s": _seconds,
+        "trained": of_cost(lambda cost: cost.trainable, numerals.compact),
+        "file": of_cost(lambda cost: cost.stored_bytes, numerals.size),
+        "MACs/token": of_cost(lambda cost: cost.macs_token, numerals.compact),
+        "forward": of_cost(lambda cost: mean(cost.forward), numerals.ratio),
+        "step": of_cost(lambda cost: mean(cost.step), numerals.ratio),
+        "memory, MB": of_cost(lambda cost: cost.peak_memory_mb, "{:,.0f}".format),
+        "attach": of_cost(attaching, numerals.seconds),
         **{f"{name}, nats": lambda found, name=name: change(found.forgetting.get(name)) for name in elsewhere},
     }
 

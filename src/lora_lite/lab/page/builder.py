@@ -9,11 +9,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from lora_lite.adapter_file import write_atomically
-from lora_lite.lab.drawing import PALETTE
 from lora_lite.lab.findings import Findings
 from lora_lite.lab.page.cells import VERDICTS
+from lora_lite.lab.page.drawing import PALETTE
+from lora_lite.lab.page.plots import Plots, plot
 from lora_lite.lab.page.table import columns
-from lora_lite.lab.plots import Plots, plot
 from lora_lite.lab.scoring import RIGHT
 
 HERE = Path(__file__).parent

@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from lora_lite.lab import bars, drawing, labels, panels
-from lora_lite.lab.drawing import BETTER, INK, MUTED, PAPER, TIE, WORSE
 from lora_lite.lab.findings import Findings, Interval
 from lora_lite.lab.numerals import compact, percent, tidy
+from lora_lite.lab.page import bars, drawing, labels, panels
+from lora_lite.lab.page.drawing import BETTER, INK, MUTED, PAPER, TIE, WORSE
 
 WIDE, NARROW = (1080, 540), (358, 560)  # pixels of a scatter, on a desk and on a telephone
 FRONT = "_front"  # label of its lines

@@ -10,10 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from lora_lite.lab import drawing
-from lora_lite.lab.drawing import BETTER, INK, MUTED, PAPER, SMALL, WORSE
 from lora_lite.lab.findings import Finding, Findings
 from lora_lite.lab.numerals import rate
+from lora_lite.lab.page import drawing
+from lora_lite.lab.page.drawing import BETTER, INK, MUTED, PAPER, SMALL, WORSE
 
 SPREAD = 5.0  # a larger ratio of losses is drawn on a log scale
 BINS = 100  # points of a curve

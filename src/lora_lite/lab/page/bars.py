@@ -7,10 +7,10 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from lora_lite.lab.drawing import INK, LINE, SMALL, TIE
 from lora_lite.lab.findings import Cost, Findings, Interval
 from lora_lite.lab.numerals import DASH, compact, ratio, seconds, size, tidy
-from lora_lite.lab.panels import LETTER, Sketch, shorten
+from lora_lite.lab.page.drawing import INK, LINE, SMALL, TIE
+from lora_lite.lab.page.panels import LETTER, Sketch, shorten
 
 WIDTH = 358  # pixels: fits a telephone
 ROW = 18  # pixels of an arm's line
