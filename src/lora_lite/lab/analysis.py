@@ -91,7 +91,8 @@ class Analysis:
         """The records that the study is made of."""
         tunes = [self.of(Job("tune", arm, lr)) for arm in self.arms for lr in self.study.grid(arm)]
         seeds = [record for records in self.seeds.values() for record in records.values()]
-        return [record for record in (self.base, *tunes, *seeds) if record is not None]
+        costs = [self.of(Job("cost", arm)) for arm in self.arms] if self.study.costs else []
+        return [record for record in (self.base, *tunes, *seeds, *costs) if record is not None]
 
     def base_finding(self) -> Finding | None:
         """The bare base, as an arm without seeds; None before it is measured."""
