@@ -248,8 +248,6 @@ def setup(study: Study, plan: Mapping[str, Any]) -> dict[str, str]:
         "training examples": f"{counts['train']['kept']} ({counts['train']['too_long']} too long, "
         f"{counts['train']['empty']} empty left out)",
         "validation examples": str(counts["validation"]["kept"]),
-        "test items": str(study.test_examples),
-        "steps x batch": f"{training.steps} x {training.batch_size}",
         "learning rates": f"{study.rates} an arm, {study.rate_ratio:g} times apart, around {study.rate_factor:g} times "
         "the registered default",
         "schedule": f"warm-up {training.warmup:.0%}, cosine to {training.final_lr:.0%}, clip {training.clip:g}",

@@ -41,7 +41,7 @@ def outcome(findings: Findings) -> list[Column]:
         return cells.number(value, percent, arm, "not measured yet")
 
     against = f"paired difference on the same items and seeds, in percentage points{RANGE}"
-    decided = "better or worse: the interval of the difference leaves out zero; else a tie"
+    decided = "better or worse if zero is surely out, the number of arms allowed for; else a tie"
     return [
         high("accuracy", f"share of test items answered right, mean over seeds{RANGE}", cells.accuracy),
         high(f"difference to {findings.baseline}", against, lambda arm: cells.difference(arm, scale)),
