@@ -5,11 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from lab_helpers import save_tiny
+from lab_helpers import make_llama, save_tiny
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import lora_lite as ll
+from lora_lite.lab.analysis import analyse
+from lora_lite.lab.bench import run_study
 from lora_lite.lab.evaluate import generate
 from lora_lite.lab.models import ModelError, load_model
+from lora_lite.lab.provenance import base_print
+from lora_lite.lab.study import Study
+from lora_lite.lab.train import TrainConfig
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -70,3 +76,27 @@ def test_quantising_without_bitsandbytes_says_what_to_install(monkeypatch: pytes
     with pytest.raises(ModelError, match=r"'8bit' needs bitsandbytes.*pip install 'bitsandbytes>="):
         load_model(str(tmp_path), quantization="8bit")
     assert load_model(save_tiny(tmp_path))[0].dtype == torch.float32  # plain models need none
+
+
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_a_study_on_a_quantised_base(quantization: str, tmp_path: Path) -> None:
+    study = Study(
+        methods=("lora[r=2],antipasto[r=4]",), model=save_tiny(tmp_path / "model"), quantization=quantization,
+        task="gcd", validation_examples=2, test_examples=2, seeds=1, rates=1, general_windows=1, window_tokens=16,
+        other_task="", max_new_tokens=2, costs=False, training=TrainConfig(steps=2, batch_size=2),
+    )  # fmt: skip
+    ledger = run_study(study, tmp_path / "out")
+    assert {record["status"] for record in ledger.records()} == {"done"}  # the base's bits stayed, run after run
+    found = analyse(tmp_path / "out")
+    assert found.quantization == quantization and found.missing == ()
+
+
+def test_the_print_of_a_quantised_base_follows_its_bits() -> None:
+    model = make_llama()
+    quantize_(model, Int8WeightOnlyConfig())
+    first = base_print(model)
+    assert base_print(model) == first
+    weight = model.model.layers[0].mlp.up_proj.weight
+    with torch.no_grad():
+        weight.qdata[0, 0] ^= 1
+    assert base_print(model) != first

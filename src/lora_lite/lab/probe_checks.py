@@ -19,6 +19,7 @@ from lora_lite.attach import select_all
 from lora_lite.check import EXPERT
 from lora_lite.dense import affine
 from lora_lite.lab.evaluate import eval_mode
+from lora_lite.lab.provenance import stored_bytes
 from lora_lite.linear import is_linear, is_quantized
 
 Batch = Mapping[str, Tensor]
@@ -207,11 +208,9 @@ def fingerprints(model: PreTrainedModel) -> dict[str, str]:
     """SHA-256 of the bits of every tensor of the base, by name."""
     found = {}
     for key, tensor in ll.base_state_dict(model).items():
-        flatten = getattr(tensor, "__tensor_flatten__", None)  # of quantised tensors
-        parts = flatten()[0] if flatten is not None else []
         digest = hashlib.sha256()
-        for plain in [getattr(tensor, part) for part in parts] or [tensor]:
-            digest.update(plain.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        for flat in stored_bytes(tensor):
+            digest.update(flat.cpu().numpy().data)
         found[key] = digest.hexdigest()
     return found
 

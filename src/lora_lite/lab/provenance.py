@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import lora_lite
 
@@ -70,13 +70,22 @@ def provenance(device: torch.device) -> dict[str, Any]:
 def base_print(model: nn.Module) -> str:
     """A fingerprint of every weight and buffer of a model without adapters: 16 hex digits.
 
-    From the sums of each tensor's bits as integers, which any changed bit moves; tenths of a second for 10^8 values.
+    From the sums of each tensor's bits as integers, which any one changed bit moves; tenths of a second for 10^8
+    values, on the device where they are.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted({**dict(model.named_parameters()), **dict(model.named_buffers())}.items()):
-        flat = tensor.detach().clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8)
-        words = flat[: flat.numel() // 8 * 8].view(torch.int64)  # sums of int64 wrap around, which does no harm
-        rest = flat[flat.numel() // 8 * 8 :]
-        sums = (int(words.sum()), int(rest.sum(dtype=torch.int64)))
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {sums}\n".encode())
+        for flat in stored_bytes(tensor):
+            words = flat[: flat.numel() // 8 * 8].view(torch.int64)  # sums of int64 wrap around, which does no harm
+            rest = flat[flat.numel() // 8 * 8 :]
+            sums = (int(words.sum()), int(rest.sum(dtype=torch.int64)))
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {sums}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def stored_bytes(tensor: Tensor) -> list[Tensor]:
+    """The bytes behind a tensor, flat copies of uint8: several where a quantised tensor is made of parts."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is not None:
+        return [flat for name in flatten()[0] for flat in stored_bytes(getattr(tensor, name))]
+    return [tensor.detach().clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8)]

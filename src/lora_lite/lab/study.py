@@ -12,10 +12,9 @@ import yaml
 import lora_lite as ll
 from lora_lite.lab.arms import ALL, Arm, parse_arms
 from lora_lite.lab.data import MAX_LENGTH
-from lora_lite.lab.models import EMBEDDED
+from lora_lite.lab.models import EMBEDDED, QUANTIZATIONS
 from lora_lite.lab.train import TrainConfig
 
-QUANTIZATIONS = ("none", "4bit", "8bit")
 TUNING_SEED = 0
 
 
