@@ -70,7 +70,8 @@ def finding(arm: str, facts: tuple, seeds: int = 3, steps: int = 120) -> Finding
         arm=arm, method=method, title=f"The paper of {method}", arxiv="2106.09685", seeds=tuple(range(seeds)),
         wanted_seeds=3, rates=rates, rate=rate, edge=edge, accuracy=interval(draw, mean, 0.035),
         by_seed={seed: mean + draw.uniform(-0.02, 0.02) for seed in range(seeds)},
-        against=Interval(0, 0, 0) if arm == "lora" else against, verdict=verdict, places=(1, 17), mentioned=mean + 0.05,
+        against=Interval(0, 0, 0) if arm == "lora" else against, verdict=verdict,
+        p=None if arm == "lora" else 0.01 if verdict != "tie" else 0.4, places=(1, 17), mentioned=mean + 0.05,
         cut_off=0.01, validation_loss=interval(draw, rates[rate] or 0, 0.02), curves=curves,
         forgetting={
             "general text": Change(3.412, interval(draw, 3.412 + draw.uniform(-0.01, 0.2), 0.02)),
@@ -114,7 +115,7 @@ def whole(names: dict[str, tuple] | None = None) -> Findings:
     arms = placed([finding(arm, facts) for arm, facts in names.items()])
     bare = dataclasses.replace(
         finding("lora", ARMS["lora"]), arm="base", method="base", title="the frozen base", arxiv="", seeds=(), rates={},
-        wanted_seeds=0, rate=None, edge="", accuracy=Interval(0.02, 0.004, 0.047), by_seed={}, against=None, verdict="",
+        wanted_seeds=0, rate=None, edge="", accuracy=Interval(0.02, 0.004, 0.047), by_seed={}, against=None, verdict="", p=None,
         places=None, mentioned=0.031, cut_off=0.44, validation_loss=Interval(2.31, 2.31, 2.31), curves={},
         forgetting={"general text": Change(3.412, Interval(3.412, 3.412, 3.412))}, cost=None, failures=(),
     )  # fmt: skip
@@ -134,7 +135,7 @@ def partial() -> Findings:
     """Begun only: one arm measured, one being tuned, one untouched; no cost anywhere."""
     study = whole({"lora": ARMS["lora"], "dora": ARMS["dora"], "ia3": ARMS["ia3"]})
     nothing = {
-        "seeds": (), "accuracy": None, "by_seed": {}, "against": None, "verdict": "", "places": None, "mentioned": None,
+        "seeds": (), "accuracy": None, "by_seed": {}, "against": None, "verdict": "", "p": None, "places": None, "mentioned": None,
         "cut_off": None, "validation_loss": None, "curves": {}, "forgetting": {}, "rate": None, "edge": "",
     }  # fmt: skip
     arms = []
@@ -154,7 +155,7 @@ def nothing() -> Findings:
     arms = []
     for arm in study.arms:
         arm = dataclasses.replace(
-            arm, accuracy=None, against=None, verdict="", places=None, rates={}, rate=None, edge=""
+            arm, accuracy=None, against=None, verdict="", p=None, places=None, rates={}, rate=None, edge=""
         )
         arms.append(dataclasses.replace(arm, seeds=(), by_seed={}, validation_loss=None, curves={}, forgetting={}))
     return dataclasses.replace(study, arms=tuple(arms))

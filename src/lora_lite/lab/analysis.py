@@ -53,8 +53,8 @@ class Analysis:
         found = {seed: self.of(Job("seed", arm, rate, seed)) for seed in range(1, self.study.seeds + 1)}
         return {seed: record for seed, record in found.items() if record is not None}
 
-    def _verdicts(self, measured: Mapping[str, Mapping[int, np.ndarray]]) -> dict[str, tuple[Interval, str]]:
-        """Arm -> its paired difference to the baseline, and what may be said of it."""
+    def _verdicts(self, measured: Mapping[str, Mapping[int, np.ndarray]]) -> dict[str, tuple[Interval, str, float]]:
+        """Arm -> its paired difference to the baseline, what may be said of it, and the adjusted p-value."""
         reference = measured.get(self.study.reference)
         if reference is None:
             return {}
@@ -68,7 +68,8 @@ class Analysis:
         for name, table in others.items():
             interval = estimates.paired(table)
             real = adjusted[name] < 1 - estimates.LEVEL and interval.excludes(0.0)
-            found[name] = (interval, ("better" if interval.mean > 0 else "worse") if real else "tie")
+            word = ("better" if interval.mean > 0 else "worse") if real else "tie"
+            found[name] = (interval, word, adjusted[name])
         return found
 
     def findings(self) -> Findings:
@@ -103,7 +104,7 @@ class Analysis:
         return Finding(
             arm=BASE, method=BASE, title="the frozen model alone", arxiv="", seeds=(), wanted_seeds=0, rates={},
             rate=None, edge="", accuracy=estimates.accuracy(correct(record)[None]), by_seed={}, against=None,
-            verdict="", places=None, mentioned=record["mentioned"], cut_off=record["cut_off"],
+            verdict="", p=None, places=None, mentioned=record["mentioned"], cut_off=record["cut_off"],
             validation_loss=point(losses["validation"]), curves={},
             forgetting={name: Change(loss, point(loss)) for name, loss in losses.items() if name != "validation"},
             cost=None,
@@ -116,13 +117,14 @@ class Analysis:
         rate = self.rates.get(arm.name)
         records = [self.seeds[arm.name][seed] for seed in sorted(table)]
         cls = ll.variants()[arm.method.split("+")[0]]
-        against, verdict = self.verdicts.get(arm.name, (None, "baseline" if arm.name == study.reference else ""))
+        word = "baseline" if arm.name == study.reference else ""
+        against, verdict, p = self.verdicts.get(arm.name, (None, word, None))
         return Finding(
             arm=arm.name, method=arm.method, title=cls.title, arxiv=cls.arxiv, seeds=tuple(sorted(table)),
             wanted_seeds=study.seeds, rates=losses_by_rate(tried), rate=rate, edge=edge(study.grid(arm), rate),
             accuracy=estimates.accuracy(np.stack([table[seed] for seed in sorted(table)])) if table else None,
             by_seed={seed: float(scores.mean()) for seed, scores in sorted(table.items())},
-            against=against, verdict=verdict, places=self.places.get(arm.name),
+            against=against, verdict=verdict, p=p, places=self.places.get(arm.name),
             mentioned=mean(records, "mentioned"), cut_off=mean(records, "cut_off"),
             validation_loss=over(records, "validation"),
             curves={seed: list(self.seeds[arm.name][seed]["curve"]) for seed in sorted(table)},

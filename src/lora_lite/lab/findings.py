@@ -72,7 +72,8 @@ class Finding:
         accuracy: mean over seeds, 95% interval over seeds and items; None if nothing is measured.
         by_seed: accuracy of each seed.
         against: the paired difference to the baseline on the same items and seeds. verdict: "baseline", "better",
-            "worse", "tie" or "" (not comparable yet).
+            "worse", "tie" or "" (not comparable yet: fewer than two seeds in common). p: of the difference being 0,
+            adjusted by Holm for the number of arms compared.
         places: best and worst place among the arms that the data allow.
         mentioned: share of replies in which the right answer occurs anywhere.
         cut_off: share of replies that reached the largest number of new tokens.
@@ -96,6 +97,7 @@ class Finding:
     by_seed: dict[int, float]
     against: Interval | None
     verdict: str
+    p: float | None
     places: tuple[int, int] | None
     mentioned: float | None
     cut_off: float | None
