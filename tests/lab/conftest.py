@@ -1,7 +1,9 @@
 """Fixtures of the lab's tests: a tiny model and tokenizer, and the embedded model, read once a session."""
 
+from pathlib import Path
+
 import pytest
-from lab_helpers import make_llama, make_tokenizer
+from lab_helpers import make_llama, make_tokenizer, save_tiny
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
@@ -13,6 +15,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture
 def llama() -> LlamaForCausalLM:
     return make_llama()
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    """A folder with a tiny model."""
+    return save_tiny(tmp_path / "model")
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lora_lite.lab.study import Study
+from lora_lite.lab.train import TrainConfig
+
 CHAT = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -50,6 +53,19 @@ def save_tiny(folder: Path, vocab_size: int = 258, **tokens: str | None) -> str:
     make_llama(vocab_size=vocab_size).save_pretrained(folder)
     make_tokenizer(**tokens).save_pretrained(folder)
     return str(folder)
+
+
+SMALL: dict[str, Any] = {
+    "methods": ("lora,ia3",), "task": "gcd", "validation_examples": 4, "test_examples": 6, "seeds": 2, "rates": 3,
+    "rate_factor": 10.0, "general_windows": 2, "window_tokens": 16, "other_examples": 2, "other_task": "chain_sum",
+    "max_new_tokens": 4, "costs": False,
+}  # fmt: skip
+
+
+def small_study(model: str, **changes: Any) -> Study:
+    """A study of seconds on a tiny model."""
+    training = TrainConfig(**{"steps": 2, "batch_size": 2, **changes.pop("training", {})})
+    return Study(**{**SMALL, "model": model, "training": training, **changes})
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

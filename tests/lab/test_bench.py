@@ -13,30 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from lab_helpers import make_llama, make_tokenizer
+from lab_helpers import small_study as small
 
 import lora_lite as ll
 from lora_lite import adapter
 from lora_lite.lab import bench, tables
 from lora_lite.lab.analysis import analyse
 from lora_lite.lab.ledger import FAILED, Ledger, LedgerError
-from lora_lite.lab.study import Study
-from lora_lite.lab.train import TrainConfig
-
-SMALL: dict[str, Any] = {
-    "methods": ("lora,ia3",), "task": "gcd", "validation_examples": 4, "test_examples": 6, "seeds": 2, "rates": 3,
-    "rate_factor": 10.0, "general_windows": 2, "window_tokens": 16, "other_examples": 2, "other_task": "chain_sum",
-    "max_new_tokens": 4, "costs": False,
-}  # fmt: skip
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> str:
-    """A local model folder."""
-    folder = tmp_path / "model"
-    make_llama().save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture
@@ -46,11 +29,6 @@ def registry() -> Iterator[None]:
     yield
     adapter._REGISTRY.clear()
     adapter._REGISTRY.update(kept)
-
-
-def small(model: str, **changes: Any) -> Study:
-    training = TrainConfig(**{"steps": 2, "batch_size": 2, **changes.pop("training", {})})
-    return Study(**{**SMALL, "model": model, "training": training, **changes})
 
 
 def test_a_study_is_measured_whole_and_its_findings_say_so(model: str, tmp_path: Path) -> None:
@@ -113,7 +91,7 @@ def test_a_partial_study_is_an_honest_table(model: str, tmp_path: Path, monkeypa
     found = analyse(tmp_path)
     assert found.missing == ("lora: seeds 2 are not measured yet", "ia3: seeds 1, 2 are not measured yet")
     lora, ia3 = found.arms
-    assert lora.accuracy is not None and lora.places == (1, 1) and ia3.accuracy is None and ia3.verdict == ""
+    assert lora.accuracy is not None and lora.places == (1, 2) and ia3.accuracy is None and ia3.verdict == ""
     assert "| ia3 | - | - | - | 0/2 |" in tables.markdown(found)
 
 
@@ -221,7 +199,8 @@ def test_two_processes_share_a_folder_and_a_killed_one_is_made_good(model: str, 
     [
         ({"task": "gdc"}, "did you mean gcd"),
         ({"max_length": 8}, "longer than 8"),
-        ({"methods": ("lora[r=99999999999999]",), "task": "gdc"}, "gdc"),
+        ({"methods": ("lora[rank=4]",)}, "no setting rank"),
+        ({"dtype": "fp8"}, "must be one of auto, float32, bfloat16"),
         ({"general_text": "no/such-text"}, "no/such-text"),
         ({"model": "nobody/nothing"}, "nobody/nothing"),
     ],

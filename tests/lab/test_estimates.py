@@ -45,12 +45,22 @@ def test_one_seed_gives_the_t_interval_over_items() -> None:
     assert estimates.crossed(scores).p == pytest.approx(stats.ttest_1samp(scores[0], 0).pvalue, rel=1e-12)
 
 
-def test_over_seeds_is_the_t_interval() -> None:
+def test_a_loss_has_the_t_interval_over_seeds_and_is_never_below_0() -> None:
     values = [1.0, 1.2, 0.7]
     low, high = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
-    found = estimates.over_seeds(values)
+    found = estimates.loss(values)
     assert (found.low, found.high) == pytest.approx((low, high), rel=1e-12)
-    assert estimates.over_seeds([1.0]) == Interval(1.0, 1.0, 1.0)  # one seed: nothing to spread; `missing` says so
+    assert estimates.loss([0.1, 9.0, 0.1]).low == 0.0
+    assert estimates.loss([1.0]) == Interval(1.0, 0.0, np.inf)  # of one seed nobody knows how far another would be
+
+
+def test_values_that_agree_are_no_certainty() -> None:
+    assert estimates.of_items(np.ones((1, 1))).p == 1.0
+    assert estimates.of_items(np.ones((1, 3))).p > 0.05
+    assert estimates.of_items(np.ones((2, 3))).p > 0.05
+    assert estimates.of_items(np.ones((3, 100))).p < 1e-6
+    alike = estimates.paired(np.zeros((3, 100)))  # no item of 100 differs: as many as 2 may
+    assert alike.mean == 0.0 and alike.high == -alike.low == pytest.approx(0.02, abs=0.001)
 
 
 def test_accuracy_of_nothing_right_is_not_surely_nothing() -> None:
@@ -70,7 +80,7 @@ def test_paired_comparison_finds_what_unpaired_intervals_hide() -> None:
     assert estimates.accuracy(one).low < estimates.accuracy(other).high
     difference = estimates.paired(one - other)
     assert difference.mean == pytest.approx(0.1) and difference.excludes(0.0)
-    assert estimates.paired(one - one) == Interval(0.0, 0.0, 0.0)
+    assert not estimates.paired(one - one).excludes(0.0)
 
 
 def test_a_difference_of_one_lucky_seed_is_a_tie() -> None:
@@ -92,6 +102,17 @@ def test_places_never_separate_ties() -> None:
     found = estimates.places({"strong": arm(0.9), "alike": arm(0.9), "weak": arm(0.2), "alone": {9: np.ones(120)}})
     assert found["strong"] == found["alike"] == (1, 3)  # "alone" shares no seed with them: it may be anywhere
     assert found["weak"] == (3, 4) and found["alone"] == (1, 4)
+
+
+def test_places_need_two_seeds_in_common_and_count_arms_to_come() -> None:
+    rng = np.random.default_rng(7)
+    strong = {seed: (rng.random(100) < 0.9).astype(float) for seed in (1, 2, 3)}
+    weak = {seed: (rng.random(100) < 0.1).astype(float) for seed in (1, 2, 3)}
+    assert estimates.places({"strong": strong, "weak": weak, "to come": {}}) == {
+        "strong": (1, 2), "weak": (2, 3), "to come": (1, 3),
+    }  # fmt: skip
+    one_seed = {"strong": {1: strong[1]}, "weak": weak}
+    assert set(estimates.places(one_seed).values()) == {(1, 2)}
 
 
 def test_twenty_equal_arms_are_all_ties() -> None:

@@ -33,12 +33,16 @@ def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [f"{run}.json"]  # no temporary file stays
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", '{"id": "other"}', "changed"])
-def test_a_file_changed_by_hand_is_refused(damage: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "damage", ["{", "[]", '{"id": "other"}', ("0.1", "0.2"), ('"accuracy": 0.5', '"accuracy": 1.0')]
+)
+def test_a_file_changed_by_hand_is_refused(damage: str | tuple[str, str], tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
     run = ledger.write(CONFIG, DONE, {"accuracy": 0.5})
     path = tmp_path / "runs" / f"{run}.json"
-    path.write_text(path.read_text().replace("0.1", "0.2") if damage == "changed" else damage)
+    before = path.read_text()
+    path.write_text(damage if isinstance(damage, str) else before.replace(*damage))
+    assert path.read_text() != before
     with pytest.raises(LedgerError, match=run):
         ledger.read(run)
 

@@ -10,10 +10,12 @@ import lora_lite as ll
 from lora_lite.lab import estimates
 from lora_lite.lab.arms import BASE, Arm
 from lora_lite.lab.bench import chosen_rates, read_plan
+from lora_lite.lab.caveats import caveats
+from lora_lite.lab.circumstances import machines, setup
 from lora_lite.lab.evaluate import RIGHT
 from lora_lite.lab.findings import Change, Cost, Finding, Findings, Interval, Item, Reply
 from lora_lite.lab.ledger import DONE, FAILED, Ledger, LedgerError, read_json, run_id
-from lora_lite.lab.study import Job, Study
+from lora_lite.lab.study import Job
 from lora_lite.lab.workbench import job_config
 
 EXAMPLES = 12
@@ -39,9 +41,8 @@ class Analysis:
             name: {seed: correct(record) for seed, record in records.items() if record["status"] == DONE}
             for name, records in self.seeds.items()
         }
-        measured = {name: table for name, table in self.scores.items() if table}
-        self.places = estimates.places(measured)
-        self.verdicts = self._verdicts(measured)
+        self.places = estimates.places(self.scores)
+        self.verdicts = self._verdicts()
 
     def of(self, job: Job) -> Record | None:
         """The record of a job, if it is done."""
@@ -53,23 +54,25 @@ class Analysis:
         found = {seed: self.of(Job("seed", arm, rate, seed)) for seed in range(1, self.study.seeds + 1)}
         return {seed: record for seed, record in found.items() if record is not None}
 
-    def _verdicts(self, measured: Mapping[str, Mapping[int, np.ndarray]]) -> dict[str, tuple[Interval, str, float]]:
+    def _verdicts(self) -> dict[str, tuple[Interval, str, float | None]]:
         """Arm -> its paired difference to the baseline, what may be said of it, and the adjusted p-value."""
-        reference = measured.get(self.study.reference)
-        if reference is None:
-            return {}
+        reference = self.scores[self.study.reference]
+        rivals = {name: table for name, table in self.scores.items() if name != self.study.reference}
         others = {
             name: estimates.shared(table, reference)
-            for name, table in measured.items()
-            if name != self.study.reference and table.keys() & reference.keys()
+            for name, table in rivals.items()
+            if estimates.comparable(table, reference)
         }
-        adjusted = estimates.holm({name: estimates.crossed(table).p for name, table in others.items()})
-        found = {}
+        adjusted = estimates.holm({name: estimates.of_items(table).p for name, table in others.items()})
+        found: dict[str, tuple[Interval, str, float | None]] = {}
         for name, table in others.items():
             interval = estimates.paired(table)
             real = adjusted[name] < 1 - estimates.LEVEL and interval.excludes(0.0)
             word = ("better" if interval.mean > 0 else "worse") if real else "tie"
             found[name] = (interval, word, adjusted[name])
+        for name in rivals.keys() - others.keys():
+            if rivals[name].keys() & reference.keys():
+                found[name] = (estimates.paired(estimates.shared(rivals[name], reference)), "", None)
         return found
 
     def findings(self) -> Findings:
@@ -78,22 +81,34 @@ class Analysis:
         arms = [self.finding(arm) for arm in self.arms]
         everyone = len(arms)
         arms.sort(key=lambda each: (*(each.places or (everyone + 1, everyone + 1)), each.arm))
-        missing = [] if self.base else ["the bare base is not measured yet"]
-        missing += [f"{each.arm}: {word}" for each in arms for word in each.missing]
+        missing = [f"{each.arm}: {word}" for each in arms for word in each.missing]
+        if self.base is None:
+            missing.insert(0, "the bare base is not measured yet")
         return Findings(
             name=study.name, about=study.about, task=study.task, model=study.model, quantization=study.quantization,
             dtype=self.plan["dtype"], baseline=study.reference, items=study.test_examples, steps=study.training.steps,
             batch_size=study.training.batch_size, setup=setup(study, self.plan), base=self.base_finding(),
-            arms=tuple(arms), examples=self.examples(), notes=tuple(self.plan["sources"]["notes"]),
-            missing=tuple(missing), machines=machines(self.records()), command=self.plan["command"],
+            arms=tuple(arms), examples=self.examples(),
+            notes=(*self.plan["sources"]["notes"], *caveats(arms, study.reference, self.costs())),
+            missing=tuple(missing), failures=self.failures(arms), machines=machines(self.records()),
+            command=self.plan["command"],
         )  # fmt: skip
+
+    def failures(self, arms: list[Finding]) -> tuple[str, ...]:
+        """What failed in all the study, with reasons."""
+        base = [f"the bare base: {self.base['reason']}"] if self.base and self.base["status"] == FAILED else []
+        return (*base, *(f"{arm.arm}: {words}" for arm in arms for words in arm.failures))
 
     def records(self) -> list[Record]:
         """The records that the study is made of."""
         tunes = [self.of(Job("tune", arm, lr)) for arm in self.arms for lr in self.study.grid(arm)]
         seeds = [record for records in self.seeds.values() for record in records.values()]
-        costs = [self.of(Job("cost", arm)) for arm in self.arms] if self.study.costs else []
-        return [record for record in (self.base, *tunes, *seeds, *costs) if record is not None]
+        return [record for record in (self.base, *tunes, *seeds, *self.costs()) if record is not None]
+
+    def costs(self) -> list[Record]:
+        """The records of the costs that the study asks for."""
+        found = [self.of(Job("cost", arm)) for arm in self.arms] if self.study.costs else []
+        return [record for record in found if record is not None]
 
     def base_finding(self) -> Finding | None:
         """The bare base, as an arm without seeds; None before it is measured."""
@@ -129,7 +144,7 @@ class Analysis:
             validation_loss=over(records, "validation"),
             curves={seed: list(self.seeds[arm.name][seed]["curve"]) for seed in sorted(table)},
             forgetting=self.forgetting(records), cost=self.cost(arm, records or [r for r in tried.values() if r]),
-            failures=failures(tried, self.seeds[arm.name]), missing=self.lacks(arm, tried),
+            failures=failures(tried, self.seeds[arm.name], self.of(Job("cost", arm))), missing=self.lacks(arm, tried),
         )  # fmt: skip
 
     def forgetting(self, records: list[Record]) -> dict[str, Change]:
@@ -198,7 +213,7 @@ def mean(records: list[Record], key: str) -> float | None:
 def over(records: list[Record], loss: str) -> Interval | None:
     """A loss over seeds; None without any."""
     values = [record["losses_after"][loss] for record in records if loss in record["losses_after"]]
-    return estimates.over_seeds(values) if values else None
+    return estimates.loss(values) if values else None
 
 
 def edge(grid: list[float], rate: float | None) -> str:
@@ -217,10 +232,11 @@ def losses_by_rate(tried: Mapping[float, Record | None]) -> dict[float, float | 
     }
 
 
-def failures(tried: Mapping[float, Record | None], seeds: Mapping[int, Record]) -> tuple[str, ...]:
+def failures(tried: Mapping[float, Record | None], seeds: Mapping[int, Record], cost: Record | None) -> tuple[str, ...]:
     """What failed, with reasons."""
     runs = {f"learning rate {lr:g}": record for lr, record in tried.items()}
     runs |= {f"seed {seed}": record for seed, record in seeds.items()}
+    runs["costs"] = cost
     return tuple(f"{what}: {run['reason']}" for what, run in runs.items() if run and run["status"] == FAILED)
 
 
@@ -229,34 +245,3 @@ def as_cost(found: Mapping[str, Any]) -> Cost:
     values = {key: value for key, value in found.items() if key in Cost.__dataclass_fields__}
     spans = {key: Interval(**values[key]) for key in ("forward", "step") if values.get(key)}
     return Cost(**{**values, **spans})
-
-
-def machines(records: list[Record]) -> tuple[str, ...]:
-    """What the runs ran on, a line for each combination, with how many."""
-    lines: dict[str, int] = {}
-    for record in records:
-        found = record["provenance"]
-        versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
-        commit = (found["commit"] or "not a checkout")[:12] + ("+changes" if "+" in (found["commit"] or "") else "")
-        line = f"{found['device']} ({found['threads']} threads), {found['system']}; {versions}; commit {commit}"
-        lines[line] = lines.get(line, 0) + 1
-    return tuple(f"{count} runs: {line}" for line, count in lines.items())
-
-
-def setup(study: Study, plan: Mapping[str, Any]) -> dict[str, str]:
-    """Settings to show, label -> value."""
-    training, counts = study.training, plan["sources"]["tokens"]
-    return {
-        "training examples": f"{counts['train']['kept']} ({counts['train']['too_long']} too long, "
-        f"{counts['train']['empty']} empty left out)",
-        "validation examples": str(counts["validation"]["kept"]),
-        "learning rates": f"{study.rates} an arm, {study.rate_ratio:g} times apart, around {study.rate_factor:g} times "
-        "the registered default",
-        "schedule": f"warm-up {training.warmup:.0%}, cosine to {training.final_lr:.0%}, clip {training.clip:g}",
-        "seeds": f"{study.seeds}, after one for tuning",
-        "longest example": f"{study.max_length} tokens",
-        "longest reply": f"{plan['max_new_tokens']} tokens",
-        "layers": "all" if study.layers is None else ", ".join(map(str, study.layers)),
-        "targets": ", ".join(study.target_names or study.target_roles) + " (ia3 and ia3_ff choose their own)",
-        "data": "; ".join(f"{part} {digest}" for part, digest in plan["prints"].items()),
-    }

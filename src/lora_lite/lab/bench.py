@@ -1,5 +1,6 @@
 """Run a study: one job after the other, each into the ledger, until all are there."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
@@ -15,12 +16,14 @@ from lora_lite.lab.evaluate import Evaluation
 from lora_lite.lab.ledger import DONE, FAILED, Ledger, publish, read_json, run_id
 from lora_lite.lab.provenance import provenance
 from lora_lite.lab.run import calibration
-from lora_lite.lab.study import Job, Study, jobs
+from lora_lite.lab.study import Job, Study, StudyError, jobs
 from lora_lite.lab.trackers import Trackers, require_trackers
 from lora_lite.lab.train import Progress, last_checkpoint, train
 from lora_lite.lab.workbench import Workbench, job_config, open_workbench, plan_of
 
 POLL_SECONDS = 2.0
+# What all runs of a folder have in common.
+FIXED = ("model", "quantization", "task", "target_names", "target_roles", "layers", "max_length")
 # What a method, a setting or the data can cause. A full disk, say, is no result of a run: it stops the study.
 FAILURES = (ll.LoraLiteError, RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError)
 
@@ -33,7 +36,8 @@ def run_study(
     May be stopped at any moment, and started again with the same folder; several processes may work on one.
     command: what a reader types to run it again. retry_failed: try failed runs again. report_to: trackers, which write
     to `folder`/trackers/RUN.
-    Raises what is wrong with the study's task, data or model before anything is run.
+    Raises what is wrong with the study's task, data or model before anything is run; `StudyError` if the folder holds
+    the results of another study.
     """
     ledger = Ledger(folder)
     study.arms()  # errors in the line of arms, and missing trackers, come before the model is loaded
@@ -41,6 +45,7 @@ def run_study(
     bench = open_workbench(study)
     bench.trackers = partial(Trackers, report_to, device=bench.device)
     plan = {**plan_of(bench), "command": command}
+    require_same_study(folder, study, plan)
     publish(folder / "study.json", plan)
     publish(ledger.data / f"{bench.prints['test']}.json", [[e.prompt, e.answer] for e in bench.test])
     if retry_failed and (removed := ledger.forget_failures()):
@@ -57,6 +62,25 @@ def run_study(
     return ledger
 
 
+def require_same_study(folder: Path, study: Study, plan: Mapping[str, Any]) -> None:
+    """Raise `StudyError` if a folder's results are of another model, task, data or training: none could be used.
+
+    A study may grow: more arms, seeds, rates and test items find what is there. Names, notes and costs do not matter.
+    """
+    if not (folder / "study.json").exists():
+        return
+    before, old = read_plan(folder)
+    found = {name: (getattr(before, name), getattr(study, name)) for name in FIXED}
+    trainings = dataclasses.asdict(before.training), dataclasses.asdict(study.training)
+    found |= {name: (was, trainings[1][name]) for name, was in trainings[0].items() if name != "save_every"}
+    found |= {name: (old[name], plan[name]) for name in ("dtype", "device")}
+    found |= {f"data: {part}": (old["prints"][part], plan["prints"][part]) for part in ("base", "train", "validation")}
+    if other := [f"{name}: {was!r} there, {now!r} now" for name, (was, now) in found.items() if was != now]:
+        raise StudyError(
+            f"{folder} holds the results of another study ({'; '.join(other)}): give another --out, or remove it"
+        )
+
+
 def read_plan(folder: Path) -> tuple[Study, dict[str, Any]]:
     """The study of a folder of results, and what its runs are found by. Raises `LedgerError` where there is none."""
     plan = read_json(folder / "study.json")
@@ -64,9 +88,10 @@ def read_plan(folder: Path) -> tuple[Study, dict[str, Any]]:
 
 
 def remaining(study: Study, plan: dict[str, Any], ledger: Ledger) -> list[Job]:
-    """The jobs that can be done, and are not."""
+    """The jobs that can be done, and are not. Costs come when all else is there: a clock wants a quiet machine."""
     rates = chosen_rates(study, plan, ledger)
-    return [job for job in jobs(study, rates) if ledger.read(run_id(job_config(study, job, plan))) is None]
+    todo = [job for job in jobs(study, rates) if ledger.read(run_id(job_config(study, job, plan))) is None]
+    return [job for job in todo if job.kind != "cost"] or todo
 
 
 def chosen_rates(study: Study, plan: dict[str, Any], ledger: Ledger) -> dict[str, float | None]:
@@ -87,13 +112,17 @@ def do_one(todo: list[Job], bench: Workbench, plan: dict[str, Any], ledger: Ledg
     """Do the first job that no other process is at; whether there was one."""
     for job in todo:
         config = job_config(bench.study, job, plan)
-        with ledger.claim(run_id(config)) as mine:
-            if mine:
+        # One at a time: what is timed shares the machine with nothing else of the study.
+        alone = ledger.claim("costs") if job.kind == "cost" else contextlib.nullcontext(True)
+        with alone as free, ledger.claim(run_id(config)) as mine:
+            if free and mine:
                 tqdm.write(f"[{len(todo)} to do] {job}")
                 status, found = attempt(job, bench, ledger.scratch(run_id(config)))
                 ledger.write(config, status, found)
                 ledger.tidy(run_id(config))
                 tqdm.write(f"  {told(status, found)}")
+                if status == FAILED:  # after its record: should this fail too, the next start goes on with the others
+                    bench.reload()
                 return True
     return False
 
@@ -111,14 +140,13 @@ def told(status: str, found: Mapping[str, Any]) -> str:
 
 
 def attempt(job: Job, bench: Workbench, scratch: Path) -> tuple[str, dict[str, Any]]:
-    """Do a job; its status and what it found. A failure is a result: its reason is kept, and the base is read anew."""
+    """Do a job; its status and what it found. A failure is a result: its reason is kept."""
     started = time.time()
     try:
         status, found = DONE, perform(job, bench, scratch)
         bench.require_base()
     except FAILURES as error:
         status, found = FAILED, {"reason": f"{type(error).__name__}: {error}"}
-        bench.reload()
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started))
     seconds = round(time.time() - started, 2)
     return status, {**found, "started": stamp, "seconds_in_all": seconds, "provenance": provenance(bench.device)}

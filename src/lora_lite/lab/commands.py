@@ -3,7 +3,7 @@
 import argparse
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from lora_lite.lab import report as reports
 from lora_lite.lab.analysis import analyse
 from lora_lite.lab.bench import run_study
 from lora_lite.lab.cost import cost_table, costs
-from lora_lite.lab.findings import Findings
 from lora_lite.lab.ledger import Ledger
 from lora_lite.lab.page import write_page
 from lora_lite.lab.probe import probe
@@ -62,7 +61,7 @@ class BenchFlags:
         out: folder of the results. None: runs/NAME. Finished runs in it are not done again.
         retry_failed: try failed runs again.
         tsv: write all runs as tab-separated values to this file as well.
-        no_page: only measure; `lora-lite report` makes the page later.
+        page: make the page; without it, `lora-lite report` does so later.
         report_to: trackers: "tensorboard", "wandb", "trackio"; through accelerate.
     """
 
@@ -70,7 +69,7 @@ class BenchFlags:
     out: Path | None = None
     retry_failed: bool = False
     tsv: Path | None = None
-    no_page: bool = False
+    page: bool = True
     report_to: tuple[str, ...] = ()
 
 
@@ -118,7 +117,7 @@ def compare(asked: BenchFlags, command: str) -> int:
     ledger = run_study(asked.study, folder, command, asked.retry_failed, asked.report_to)
     if asked.tsv:
         write_tsv(ledger, asked.tsv)
-    return show(folder, page=not asked.no_page)
+    return show(folder, page=asked.page)
 
 
 def write_tsv(ledger: Ledger, path: Path) -> None:
@@ -132,18 +131,18 @@ def show(folder: Path, page: bool) -> int:
     findings = analyse(folder)
     console = Console()
     console.print(tables.terminal(findings))
-    for line in (*findings.notes, *(f"missing: {word}" for word in findings.missing), *failed(findings)):
+    for line in (*findings.notes, *labelled("missing", findings.missing), *labelled("failed", findings.failures)):
         console.print(line, markup=False, highlight=False)
     written = write_page(findings, folder) if page else []
     arms = {arm.arm: arm.accuracy.mean if arm.accuracy else None for arm in findings.arms}
     pages = [str(path) for path in written]
     say({"study": findings.name, "accuracy": arms, "missing": len(findings.missing), "files": pages})
-    return 1 if failed(findings) else 0
+    return 1 if findings.failures else 0
 
 
-def failed(findings: Findings) -> list[str]:
-    """A line for each failure."""
-    return [f"failed: {arm.arm}: {words}" for arm in findings.arms for words in arm.failures]
+def labelled(label: str, lines: Iterable[str]) -> list[str]:
+    """Lines that say what they are about."""
+    return [f"{label}: {line}" for line in lines]
 
 
 @dataclass(frozen=True)
@@ -163,9 +162,9 @@ def report(arguments: Sequence[str]) -> int:
     """Make the page of a folder of results: index.html, which needs no network, and pictures."""
     about = "One self-contained page (index.html) and pictures (PNG) of a bench or study, in its folder, and its table."
     found = tyro.cli(ReportFlags, args=list(arguments), prog="lora-lite report", description=about, config=STYLE)
+    show(found.results, page=True)
     if found.tsv:
         write_tsv(Ledger(found.results), found.tsv)
-    show(found.results, page=True)
     return 0
 
 

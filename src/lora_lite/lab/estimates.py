@@ -48,10 +48,12 @@ class Spread:
 def crossed(scores: np.ndarray) -> Spread:
     """Mean over a table of seeds x items (S, I), with an error that covers both.
 
-    With one seed the error covers items alone; with one item, seeds alone.
+    With one seed the error covers items alone; with one item, seeds alone; of a single value it is infinite.
     """
     seeds, items = scores.shape
     mean = float(scores.mean())
+    if scores.size == 1:
+        return Spread(mean, math.inf, 0)
     by_seed, by_item = scores.mean(axis=1), scores.mean(axis=0)
     rest = scores - by_seed[:, None] - by_item[None, :] + mean
     squares = {
@@ -71,6 +73,15 @@ def crossed(scores: np.ndarray) -> Spread:
     return Spread(mean, math.sqrt(combined / (seeds * items)), freedom)
 
 
+def of_items(differences: np.ndarray) -> Spread:
+    """`crossed` for differences of 0/1 scores (S, I), with an error of at least 1 / I: what one item that stands out
+    would give. Three items that agree are no certainty."""
+    spread, items = crossed(differences), differences.shape[1]
+    if spread.error >= 1 / items:
+        return spread
+    return Spread(spread.mean, 1 / items, spread.freedom or items - 1)
+
+
 def accuracy(correct: np.ndarray) -> Interval:
     """Mean of 0/1 scores (S, I) with its interval, which is kept in [0, 1] and never narrower than Wilson's for the
     items alone: no item right of 100 does not mean that none ever will be."""
@@ -87,25 +98,25 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     return centre - reach, centre + reach
 
 
-def over_seeds(values: Sequence[float]) -> Interval:
-    """Mean over seeds, with the t interval."""
-    table = np.asarray(values, dtype=float)[:, None]
-    return crossed(table).interval
+def loss(values: Sequence[float]) -> Interval:
+    """Mean of a loss over seeds, with the t interval, kept at 0 or above; without end for one seed."""
+    found = crossed(np.asarray(values, dtype=float)[:, None]).interval
+    return Interval(found.mean, max(0.0, found.low), found.high)
 
 
 def paired(differences: np.ndarray, seed: int = 0) -> Interval:
     """The mean of paired differences (S, I) of two arms on the same seeds and items, with its interval.
 
     The wider, at each end, of two: the percentile bootstrap over items within seeds (each resample of the items serves
-    all seeds, for the items are the same), which assumes no distribution but says nothing of other seeds; and the
-    crossed one, which covers seeds.
+    all seeds, for the items are the same), which assumes no distribution but says nothing of other seeds; and that of
+    `of_items`, which covers seeds.
     """
     rng = np.random.default_rng(seed)
     items = differences.shape[1]
     by_item = differences.mean(axis=0)
     means = by_item[rng.integers(items, size=(RESAMPLES, items))].mean(axis=1)
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    both = crossed(differences).interval
+    both = of_items(differences).interval
     return Interval(both.mean, min(float(low), both.low), max(float(high), both.high))
 
 
@@ -122,16 +133,16 @@ def holm(ps: Mapping[str, float]) -> dict[str, float]:
 def places(tables: Mapping[str, Mapping[int, np.ndarray]]) -> dict[str, tuple[int, int]]:
     """The best and the worst place of each arm that the data allow.
 
-    tables: arm -> seed -> scores (I,) on the same items. Every pair is compared on the seeds that both have, adjusted
-    for the number of pairs; an arm's place is 1 + the number of those surely better, up to the number of arms - those
-    surely worse.
+    tables: arm -> seed -> scores (I,) on the same items; no seeds: not measured yet, so that it may take any place.
+    Every pair that is `comparable` is compared on the seeds that both have, adjusted for the number of pairs; an arm's
+    place is 1 + the number of those surely better, up to the number of arms - those surely worse.
     """
     names = list(tables)
     spreads = {
-        (one, other): crossed(shared(tables[one], tables[other]))
+        (one, other): of_items(shared(tables[one], tables[other]))
         for index, one in enumerate(names)
         for other in names[index + 1 :]
-        if tables[one].keys() & tables[other].keys()
+        if comparable(tables[one], tables[other])
     }
     adjusted = holm({"\n".join(pair): spread.p for pair, spread in spreads.items()})
     better, worse = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
@@ -141,6 +152,11 @@ def places(tables: Mapping[str, Mapping[int, np.ndarray]]) -> dict[str, tuple[in
             worse[first] += 1
             better[second] += 1
     return {name: (1 + better[name], len(names) - worse[name]) for name in names}
+
+
+def comparable(one: Mapping[int, np.ndarray], other: Mapping[int, np.ndarray]) -> bool:
+    """Whether two arms have two seeds in common: of one seed's difference nobody knows how far another would be."""
+    return len(one.keys() & other.keys()) >= 2
 
 
 def shared(one: Mapping[int, np.ndarray], other: Mapping[int, np.ndarray]) -> np.ndarray:

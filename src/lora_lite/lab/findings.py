@@ -142,6 +142,7 @@ class Findings:
         examples: test items with replies, right and wrong ones.
         notes: caveats to print beside the numbers (such as where validation questions come from).
         missing: what the study still lacks, in words; empty where it is whole.
+        failures: what failed, with reasons, the bare base and the costs included.
         machines: what it ran on: device, versions, commits.
         command: what repeats it.
     """
@@ -162,6 +163,7 @@ class Findings:
     examples: tuple[Item, ...]
     notes: tuple[str, ...]
     missing: tuple[str, ...]
+    failures: tuple[str, ...]
     machines: tuple[str, ...]
     command: str
 

@@ -33,6 +33,13 @@ def run_id(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical(config).encode()).hexdigest()[:16]
 
 
+def digest(record: Mapping[str, Any]) -> str:
+    """SHA-256 of all that a record holds, but for this digest: it shows a change by hand, or damage."""
+    return hashlib.sha256(
+        canonical({key: value for key, value in record.items() if key != "digest"}).encode()
+    ).hexdigest()
+
+
 def canonical(value: Any) -> str:
     """JSON with sorted keys and without blanks; refuses NaN, which no reader of JSON need know."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -55,7 +62,8 @@ class Ledger:
         if not path.exists():
             return None
         record = read_json(path)
-        if not isinstance(record, dict) or record.get("id") != run or run_id(record.get("config", {})) != run:
+        whole = isinstance(record, dict) and digest(record) == record.get("digest")
+        if not whole or record["id"] != run or run_id(record["config"]) != run:
             raise LedgerError(
                 f"{path} does not hold the run that it is named after: it was changed by hand, or is damaged; remove "
                 "it, and the run is made again"
@@ -73,6 +81,7 @@ class Ledger:
         """Write a run, once and for all; its name. Raises `LedgerError` if it is there already."""
         run = run_id(config)
         record = {"format": FORMAT, "id": run, "status": status, "config": config, **found}
+        record["digest"] = digest(record)
         try:
             publish(self.runs / f"{run}.json", record, once=True)
         except FileExistsError as error:
@@ -133,11 +142,15 @@ def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises `LedgerError` if it cannot be read."""
+    """What a JSON file holds. Raises `LedgerError` if it is not there or cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise LedgerError(
+            f"{path} is not there: {path.parent} holds no results (`lora-lite bench` and `lora-lite study` make them)"
+        ) from error
     except (OSError, ValueError) as error:
-        raise LedgerError(f"{path} cannot be read ({error}): remove it, and it is made again") from error
+        raise LedgerError(f"{path} cannot be read ({error}): remove it, and the same bench makes it again") from error
 
 
 def publish(path: Path, value: Any, once: bool = False) -> None:

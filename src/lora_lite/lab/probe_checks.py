@@ -1,6 +1,5 @@
 """The checks of a probe, on one model. Each measures one promise of the library; `probe.py` makes a table of them."""
 
-import hashlib
 import re
 import tempfile
 from collections import Counter
@@ -19,7 +18,7 @@ from lora_lite.attach import select_all
 from lora_lite.check import EXPERT
 from lora_lite.dense import affine
 from lora_lite.lab.evaluate import eval_mode
-from lora_lite.lab.provenance import stored_bytes
+from lora_lite.lab.provenance import tensor_print
 from lora_lite.linear import is_linear, is_quantized
 
 Batch = Mapping[str, Tensor]
@@ -205,14 +204,8 @@ class Probe:
 
 
 def fingerprints(model: PreTrainedModel) -> dict[str, str]:
-    """SHA-256 of the bits of every tensor of the base, by name."""
-    found = {}
-    for key, tensor in ll.base_state_dict(model).items():
-        digest = hashlib.sha256()
-        for flat in stored_bytes(tensor):
-            digest.update(flat.cpu().numpy().data)
-        found[key] = digest.hexdigest()
-    return found
+    """Prints of the bits of every tensor of the base, by name."""
+    return {key: tensor_print(tensor) for key, tensor in ll.base_state_dict(model).items()}
 
 
 @torch.no_grad()

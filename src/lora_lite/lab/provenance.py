@@ -1,5 +1,6 @@
 """Where a result comes from: machine, versions, commit; and the bits of a base, to see that they stay."""
 
+import functools
 import hashlib
 import os
 import platform
@@ -38,8 +39,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+@functools.cache
 def commit() -> str | None:
-    """The commit of the library's checkout, marked if tracked files differ from it; None where it is none."""
+    """The commit of the library's checkout, marked if tracked files differ from it; None where it is none.
+
+    As it was when a process first asked: the code that it runs does not change with the files.
+    """
     package = Path(lora_lite.__file__).resolve().parent
     try:
         head = _git(package, "rev-parse", "HEAD")
@@ -68,19 +73,21 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 @torch.no_grad()
 def base_print(model: nn.Module) -> str:
-    """A fingerprint of every weight and buffer of a model without adapters: 16 hex digits.
+    """A fingerprint of the bits of every weight and buffer of a model without adapters: 16 hex digits.
 
-    From the sums of each tensor's bits as integers, which any one changed bit moves; tenths of a second for 10^8
-    values, on the device where they are.
+    SHA-256, a second or two for each 10^9 bytes.
     """
-    digest = hashlib.sha256()
-    for name, tensor in sorted({**dict(model.named_parameters()), **dict(model.named_buffers())}.items()):
-        for flat in stored_bytes(tensor):
-            words = flat[: flat.numel() // 8 * 8].view(torch.int64)  # sums of int64 wrap around, which does no harm
-            rest = flat[flat.numel() // 8 * 8 :]
-            sums = (int(words.sum()), int(rest.sum(dtype=torch.int64)))
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {sums}\n".encode())
-    return digest.hexdigest()[:16]
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    lines = [f"{name} {tuple(tensors[name].shape)} {tensor_print(tensors[name])}\n" for name in sorted(tensors)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+
+
+def tensor_print(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's dtype and bits."""
+    digest = hashlib.sha256(str(tensor.dtype).encode())
+    for flat in stored_bytes(tensor):
+        digest.update(flat.cpu().numpy().data)
+    return digest.hexdigest()
 
 
 def stored_bytes(tensor: Tensor) -> list[Tensor]:

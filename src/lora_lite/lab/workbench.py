@@ -1,6 +1,7 @@
 """What the runs of a study share: the model, the data, and what they are known by."""
 
 import dataclasses
+import gc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -65,7 +66,9 @@ class Workbench:
         return int(self.tokenizer.pad_token_id)  # type: ignore[arg-type]
 
     def reload(self) -> None:
-        """Read the model anew."""
+        """Read the model anew. The old one is let go first: two may not fit."""
+        del self.model
+        gc.collect()
         self.model, _ = load_model(self.study.model, self.dtype, self.device, quantization=self.study.quantization)
 
     def require_base(self) -> None:
