@@ -135,7 +135,7 @@ def study_of(name: str) -> str:
     setup = "; ".join(f"{label}: {value}" for label, value in found.setup.items() if label != "data")
     lines = [found.about, "", f"`{found.command}`, {tables.headline(found)}. {setup}.", "", tables.markdown(found), ""]
     lines += [*found.notes, "", *lacks(found)]
-    lines += [f"Failed: {arm.arm}: {words}." for arm in found.arms for words in arm.failures]
+    lines += [f"Failed: {words}." for words in found.failures]
     return "\n".join([*lines, "", *(f"- {machine}" for machine in found.machines)])
 
 
@@ -159,7 +159,16 @@ def study_methods_short() -> str:
     found = analyse(ROOT / "results" / "methods")
     picture = "![accuracy against trained parameters](results/methods/accuracy-parameters.png)"
     kept = ("method", "accuracy [95%]", f"points against {found.baseline}", "place", "seeds", "rate", "trained")
-    lines = [tables.headline(found) + ":", "", tables.markdown(found, kept), "", *lacks(found), picture]
+    lines = [
+        tables.headline(found) + ":",
+        "",
+        tables.markdown(found, kept),
+        "",
+        *found.notes,
+        "",
+        *lacks(found),
+        picture,
+    ]
     return "\n".join(lines)
 
 

@@ -130,7 +130,7 @@ def show(folder: Path, page: bool) -> int:
     """Print the table of a folder of results, and make its page; 1 if runs failed."""
     findings = analyse(folder)
     console = Console()
-    console.print(tables.terminal(findings))
+    console.print(tables.terminal(findings, console.width))
     for line in (*findings.notes, *labelled("missing", findings.missing), *labelled("failed", findings.failures)):
         console.print(line, markup=False, highlight=False)
     written = write_page(findings, folder) if page else []

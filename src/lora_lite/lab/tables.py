@@ -1,5 +1,6 @@
 """Findings as tables: for a terminal and as Markdown. `cells` is the one list of columns."""
 
+import itertools
 from collections.abc import Callable, Container
 
 from rich.table import Table
@@ -9,6 +10,8 @@ from lora_lite.lab.arms import BASE
 from lora_lite.lab.findings import Change, Cost, Finding, Findings, Interval
 
 NOTHING = "-"
+CELL_FRAME = 3  # characters that a table draws beside each cell
+LEAST_COLUMNS = 3  # shown on however narrow a terminal: method, accuracy, difference
 Cell = Callable[[Finding], str]
 
 
@@ -93,14 +96,19 @@ def rows(findings: Findings) -> list[Finding]:
     return [*([findings.base] if findings.base else []), *findings.arms]
 
 
-def terminal(findings: Findings) -> Table:
-    """For a terminal."""
+def terminal(findings: Findings, width: int) -> Table:
+    """For a terminal of so many characters a line. Columns that do not fit are left out, from the last; all are on the
+    page."""
     columns = cells(findings)
-    table = Table(title=headline(findings))
-    for index, title in enumerate(columns):
+    lines = [[cell(found) for cell in columns.values()] for found in rows(findings)]
+    wide = [max(map(len, column)) + CELL_FRAME for column in zip(list(columns), *lines, strict=True)]
+    fits = max(LEAST_COLUMNS, sum(total < width for total in itertools.accumulate(wide)))
+    rest = list(columns)[fits:]
+    table = Table(title=headline(findings), caption=f"on the page too: {', '.join(rest)}" if rest else None)
+    for index, title in enumerate(list(columns)[:fits]):
         table.add_column(title, justify="left" if index == 0 else "right", no_wrap=index == 0)
-    for found in rows(findings):
-        table.add_row(*(cell(found) for cell in columns.values()))
+    for line in lines:
+        table.add_row(*line[:fits])
     return table
 
 
