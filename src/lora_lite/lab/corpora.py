@@ -35,6 +35,8 @@ def load_rows(source: str | Path, split: str, columns: Sequence[str]) -> list[di
 
     source: a file (jsonl, json, csv, parquet; `split` is then only a name), a folder whose files are named by their
     split, or a hub id, with its configuration after a colon where it has several.
+    Values of csv files are the text that stands there: "01234", "1.10", "None". Those of other files have their types,
+    and those of the hub what the data set gives them.
     Raises CorpusError if it cannot be read, has no rows, or lacks a column; the message lists those that there are.
     """
     # Imported here: it takes seconds, and generated tasks do without.
@@ -65,19 +67,40 @@ def load_rows(source: str | Path, split: str, columns: Sequence[str]) -> list[di
 
 def _load(source: str, split: str, cache: str) -> "Dataset":
     """A table from wherever it is. Local files are read anew each time, into `cache`: they may change between runs."""
-    from datasets import load_dataset
+    from datasets import load_dataset, load_dataset_builder
 
     path = Path(source).expanduser()
     if path.is_file():
         if path.suffix not in READERS:
             raise CorpusError(f"cannot tell how to read {source!r}; the file's name ends in {', '.join(READERS)}")
-        return load_dataset(READERS[path.suffix], data_files={"train": str(path)}, split="train", cache_dir=cache)
+        reader, options = READERS[path.suffix], _as_text([str(path)]) if path.suffix == ".csv" else {}
+        return load_dataset(reader, data_files={"train": str(path)}, split="train", cache_dir=cache, **options)
     if path.is_dir():
-        return load_dataset(str(path), split=split, cache_dir=cache)
+        builder = load_dataset_builder(str(path), cache_dir=cache)
+        files = (builder.config.data_files or {}).get(split, []) if builder.name == "csv" else []
+        return load_dataset(str(path), split=split, cache_dir=cache, **_as_text(files))
     hub_id, _, config = source.partition(":")
     if path.suffix in READERS or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", hub_id):
         raise CorpusError(f"there is no file or folder {source!r}")
     return load_dataset(hub_id, config or None, split=split)
+
+
+def _as_text(files: Sequence[str]) -> dict[str, Any]:
+    """Options with which `datasets` reads these csv files as text: it guesses at no types, and at no empty values."""
+    import pandas
+    from datasets import Features, Value
+
+    names: dict[str, Value] = {}
+    for file in files:
+        mark = "\t" if Path(file).suffix == ".tsv" else ","
+        head = pandas.read_csv(file, nrows=1, dtype=str, keep_default_na=False, sep=mark)
+        if not isinstance(head.index, pandas.RangeIndex):  # pandas takes the first fields for names of rows
+            raise CorpusError(
+                f"the rows of {file!r} have more fields than its first line names ({', '.join(head.columns)}); "
+                'put values that hold commas into quotes: "1, 2"'
+            )
+        names |= {name: Value("string") for name in head.columns}
+    return {"features": Features(names), "keep_default_na": False} if names else {}
 
 
 def general_text(
