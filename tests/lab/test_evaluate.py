@@ -8,9 +8,11 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lora_lite.lab import data
 from lora_lite.lab import evaluate as lab
+from lora_lite.lab.catalogue import mixture
 from lora_lite.lab.data import Encoded
 from lora_lite.lab.evaluate import EvaluationError, evaluate, generate
-from lora_lite.lab.tasks import Example, Task, from_examples
+from lora_lite.lab.scoring import mentions_number, numeric
+from lora_lite.lab.tasks import Example, Task, by_occurrence, by_reference, from_examples
 
 EOS = 256
 PROMPTS = [f"{'word ' * (i % 5)}number {i}" for i in range(11)]
@@ -88,6 +90,36 @@ def test_accuracy_counts_full_scores_only(parrot: LlamaForCausalLM, tokenizer: P
     assert result.accuracy == 0.25
     assert result.mean_score == pytest.approx(2.49 / 4)
     assert result.mention_rate == 0.75  # the right one, "r 2" as it stands, and "r" as a word of "r 3"
+
+
+WORKED = Example("How many?", "She has 16 - 3 = 13.\n#### 13", "sums")
+
+
+@pytest.mark.parametrize(
+    ("reply", "judged"),
+    [
+        ("#### 13", (1.0, True)),
+        ("It is 13, or perhaps 14", (0.0, True)),  # the number, not the whole solution, is looked for
+        ("16 - 3 = 130 or 13.5", (0.0, False)),
+        ("", (0.0, False)),
+    ],
+)
+def test_judge_looks_for_the_number_where_answers_are_numbers(reply: str, judged: tuple[float, bool]) -> None:
+    task = from_examples("sums", [WORKED], by_reference(numeric), mention=by_occurrence(mentions_number))
+    assert lab.judge(task, WORKED, reply) == judged == lab.judge(task, WORKED, reply)
+
+
+def test_what_is_right_counts_as_mentioned_whatever_the_rule() -> None:
+    never = from_examples("sums", [WORKED], lambda example, answer: 1.0, mention=lambda example, reply: False)
+    assert lab.judge(never, WORKED, "anything") == (1.0, True)
+
+
+def test_a_mixture_looks_for_each_answer_by_its_own_rule() -> None:
+    sums = from_examples("sums", [WORKED], by_reference(numeric), mention=by_occurrence(mentions_number))
+    words = dataclasses.replace(WORKED, task="words")
+    both = mixture([sums, from_examples("words", [words])])
+    reply = "It is 13, or perhaps 14"
+    assert lab.judge(both, WORKED, reply) == (0.0, True) and lab.judge(both, words, reply) == (0.0, False)
 
 
 @pytest.mark.parametrize("training", [True, False])

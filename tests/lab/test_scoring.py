@@ -178,8 +178,52 @@ def test_plain_scorers_by_name() -> None:
         ("-3", "it is -3", True),
         ("3", "it is 13", False),
         ("a (b)", "an A (b)!", True),
+        ("5", "15, 5.2, -5, 2.5 or 5,000", False),
+        ("5", "1, 5, 7", True),
+        ("1.10", "it is 1.1", False),
+        ("5 km", "it is 1.5 km", False),
+        ("$5", "it costs $5.25", False),
+        ("City 5", "City 5.", True),
         (" ", "anything", False),
     ],
 )
 def test_mentions(reference: str, answer: str, found: bool) -> None:
     assert scoring.mentions(reference, answer) is found
+
+
+SOLUTION = "She has 16 - 3 = 13 eggs.\n#### 1,013.50"
+
+
+@pytest.mark.parametrize(
+    ("kind", "pattern", "reference", "reply", "found"),
+    [
+        ("numeric", "", SOLUTION, "I would say $1013.5 a day, or 7", True),
+        ("numeric", "", SOLUTION, "13 eggs, 16", False),
+        ("numeric", "", "#### 5", "15 or 5.2 or 5,000 or -5", False),
+        ("numeric", "", "#### 5", "first 5.0 then 9", True),
+        ("numeric", "", "#### -5", "it is -$5 now. 3", True),
+        ("numeric", "", "no number", "no number", False),
+        ("exact", "", SOLUTION, "I would say $1013.5", False),
+        ("exact", "", "the aunt", "It is The Aunt.", True),
+        ("regex", r"colou?r: (\w+)", "color: red", "It is red, I think", True),
+        ("regex", r"colou?r: (\w+)", "color: red", "It is a tired colour: blue", False),
+        ("regex", r"colou?r: (\w+)", "red", "red", False),
+        ("regex", r"is (\d+)", "is 5", "15, 5.2", False),
+    ],
+)
+def test_finders_look_for_the_answer_whatever_the_format(
+    kind: str, pattern: str, reference: str, reply: str, found: bool
+) -> None:
+    assert scoring.finder(kind, pattern)(reference, reply) is found
+
+
+@given(reference=st.text(alphabet="1,.-$# a\n"), reply=st.text(alphabet="1,.-$# a\n"))
+def test_a_reply_with_the_right_number_has_it_anywhere(reference: str, reply: str) -> None:
+    assert scoring.finder("numeric")(reference, reply) or not scoring.numeric(reference, reply)
+
+
+def test_a_finder_that_cannot_be_is_an_error() -> None:
+    with pytest.raises(ScoringError, match="no scorer 'fuzzy'"):
+        scoring.finder("fuzzy")
+    with pytest.raises(ScoringError, match="has 0 groups"):
+        scoring.finder("regex", "a")

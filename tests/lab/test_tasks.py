@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+from collections.abc import Iterator
 from importlib.metadata import version
 
 import pytest
@@ -130,6 +131,43 @@ def test_an_endless_source_of_few_contents_ends(monkeypatch: pytest.MonkeyPatch)
     task = Task("few", tasks.split_by_content(lambda seed: itertools.cycle(rows(30))), tasks.EXACT)
     with pytest.raises(TaskError, match="distinct train"):
         task.examples("train", 31)
+
+
+@pytest.mark.parametrize("split", list(tasks.SPLITS))
+def test_an_endless_source_without_content_of_a_part_ends(split: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "PATIENCE", 50)
+    others = [example for example in rows(30) if tasks.split_of(example.prompt) != split]
+
+    def stream(seed: int) -> Iterator[Example]:
+        yield from itertools.islice(itertools.cycle(others), 1000)
+        pytest.fail("1000 draws without an end")
+
+    task = Task("none", tasks.split_by_content(stream), tasks.EXACT)
+    with pytest.raises(TaskError, match=f"only 0 distinct {split} examples, 1 were asked for; ask for fewer, or make"):
+        task.examples(split, 1)
+
+
+def test_patience_begins_anew_with_every_new_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "PATIENCE", 30)
+    wanted = [example for example in rows(200) if tasks.split_of(example.prompt) == "validation"]
+    other = next(example for example in rows(200) if tasks.split_of(example.prompt) == "train")
+    stream = [draw for example in wanted for draw in (*[other] * 20, example)]
+    task = Task("rare", tasks.split_by_content(lambda seed: iter(stream)), tasks.EXACT)
+    assert list(task.distinct("validation")) == wanted and len(stream) > 300
+
+
+@pytest.mark.parametrize(
+    ("spec", "split"),
+    [
+        ("coin_flip:min_trials=1,max_trials=1", "train"),
+        ("gcd:min_value=1,max_value=2", "validation"),
+        ("chain_sum+gcd:min_value=1,max_value=2", "validation"),
+    ],
+)
+def test_a_generator_of_few_contents_says_so(spec: str, split: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "PATIENCE", 500)
+    with pytest.raises(TaskError, match=rf"only \d distinct {split} examples, 20 were asked for"):
+        catalogue.load_task(spec).examples(split, 20)
 
 
 def test_bad_requests() -> None:

@@ -19,7 +19,7 @@ def mixture(tasks: Sequence[Task]) -> Task:
         raise TaskError(f"a mixture needs tasks of different names, got {[task.name for task in tasks]}")
     by_name = {task.name: task for task in tasks}
 
-    def source(split: str, seed: int) -> Iterator[Example]:
+    def source(split: str, seed: int) -> Iterator[Example | None]:
         parts = [task.distinct(split, seed) for task in tasks]
         for batch in zip(*parts, strict=False):  # ends with the first part that is exhausted
             yield from batch
@@ -27,11 +27,14 @@ def mixture(tasks: Sequence[Task]) -> Task:
     def verify(example: Example, completion: str) -> float:
         return by_name[example.task].score(example, completion)
 
+    def mention(example: Example, completion: str) -> bool:
+        return by_name[example.task].mention(example, completion)
+
     budgets = [task.max_new_tokens for task in tasks]
     budget = None if None in budgets else max(b for b in budgets if b is not None)
     provenance = {task.name: task.provenance for task in tasks}
     notes = tuple(dict.fromkeys(note for task in tasks for note in task.notes))
-    return Task("+".join(by_name), source, verify, str, budget, provenance, notes)
+    return Task("+".join(by_name), source, verify, str, budget, provenance, notes, mention)
 
 
 def load_task(spec: str) -> Task:

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lora_lite.errors import LoraLiteError
 from lora_lite.lab.data import Encoded, answer_budget, answer_loss, collate, left_pad, prompt_ids
-from lora_lite.lab.scoring import RIGHT, mentions
+from lora_lite.lab.scoring import RIGHT
 from lora_lite.lab.tasks import Example, Task
 
 # Generation of one token reads every weight once whatever the number of rows: on 2 CPU cores 64 rows gave 3.5 times the
@@ -29,7 +29,7 @@ class EvaluationError(LoraLiteError, ValueError):
 class Record:
     """One evaluated item.
 
-    score: the verifier's, in [0, 1]. mentioned: the completion is right, or has the answer anywhere in it.
+    score: the verifier's, in [0, 1]. mentioned: the completion is right, or has the answer anywhere in it; see `judge`.
     cut_off: the completion took all tokens that it was given, and had not ended.
     """
 
@@ -99,10 +99,19 @@ def evaluate(
     completions = generate(model, tokenizer, prompts, budget, batch_size, f"evaluate {task.name}" if progress else None)
     records = []
     for example, (text, count) in zip(examples, completions, strict=True):
-        score = task.score(example, text)
-        mentioned = score >= RIGHT or mentions(example.answer, text)
+        score, mentioned = judge(task, example, text)
         records.append(Record(example.prompt, example.answer, text, score, mentioned, count >= budget))
     return Evaluation(tuple(records), time.perf_counter() - start, sum(count for _, count in completions))
+
+
+def judge(task: Task, example: Example, completion: str) -> tuple[float, bool]:
+    """A completion's score, and whether it is right or has the answer anywhere in it, by the task's own `mention`.
+
+    Both follow from the arguments alone. What has the full score counts as mentioned, so that a mention rate is never
+    below the accuracy.
+    """
+    score = task.score(example, completion)
+    return score, score >= RIGHT or task.mention(example, completion)
 
 
 def generate(

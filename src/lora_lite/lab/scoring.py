@@ -15,6 +15,7 @@ from lora_lite.errors import LoraLiteError
 RIGHT = 1 - 1e-6  # an answer with this score is right; verifiers work in floats
 
 Scorer = Callable[[str, str], float]  # (reference answer, given answer) -> score in [0, 1]
+Finder = Callable[[str, str], bool]  # (reference answer, reply) -> whether the answer is anywhere in the reply
 
 _MARK = "####"  # GSM8K's, before the answer
 _SPOKEN = re.compile(r"the\s+answer\s+is", re.IGNORECASE)  # MetaMathQA's
@@ -46,6 +47,10 @@ def final_number(text: str) -> Decimal | None:
         number = _last(_NUMBER, text)
     if number is None:
         return None
+    return _value(number)
+
+
+def _value(number: re.Match[str]) -> Decimal:
     value = Decimal(number["digits"].replace(",", ""))
     return -value if number["sign"] else value
 
@@ -71,6 +76,17 @@ def regex(pattern: str) -> Scorer:
     The pattern is searched in the reference and in the answer; a text that it does not match scores 0.
     Raises ScoringError if it is no regular expression, or has not exactly one group.
     """
+    extract = _extractor(pattern)
+
+    def compare(reference: str, answer: str) -> float:
+        expected = extract(reference)
+        return float(expected is not None and expected == extract(answer))
+
+    return compare
+
+
+def _extractor(pattern: str) -> Callable[[str], str | None]:
+    """What reads the group of a pattern's last match out of a text; None where it does not match."""
     try:
         compiled = re.compile(pattern)
     except re.error as error:
@@ -85,11 +101,7 @@ def regex(pattern: str) -> Scorer:
         found = compiled.findall(text)
         return found[-1].strip() if found else None
 
-    def compare(reference: str, answer: str) -> float:
-        expected = extract(reference)
-        return float(expected is not None and expected == extract(answer))
-
-    return compare
+    return extract
 
 
 def scorer(kind: str, pattern: str = "") -> Scorer:
@@ -107,9 +119,38 @@ def scorer(kind: str, pattern: str = "") -> Scorer:
 
 
 def mentions(reference: str, answer: str) -> bool:
-    """Whether the reference occurs anywhere as whole words: what a reader who ignores the format would count."""
-    sought = re.escape(reference.strip().casefold())
-    return bool(sought) and re.search(rf"(?<!\w){sought}(?!\w)", answer.casefold()) is not None
+    """Whether the reference occurs anywhere as whole words: what a reader who ignores the format would count.
+
+    A number in it has to be a whole one there too: "5" is not in "15", "5.2" or "-5", nor "5 km" in "1.5 km".
+    """
+    sought = reference.strip().casefold()
+    if _NUMBER.fullmatch(sought):
+        return any(number.group() == sought for number in _NUMBER.finditer(answer))
+    before = r"(?<!\w)(?<!\d[.,])" if sought[:1].isdigit() else r"(?<!\w)"
+    after = r"(?!\w)(?![.,]\d)" if sought[-1:].isdigit() else r"(?!\w)"
+    return bool(sought) and re.search(before + re.escape(sought) + after, answer.casefold()) is not None
+
+
+def mentions_number(reference: str, answer: str) -> bool:
+    """Whether the number that the reference comes to is anywhere among the numbers of the answer, read as by `numeric`.
+
+    False where the reference has none.
+    """
+    expected = final_number(reference)
+    return expected is not None and any(_value(number) == expected for number in _NUMBER.finditer(answer))
+
+
+def finder(kind: str, pattern: str = "") -> Finder:
+    """What looks for the answer anywhere in a reply, for the `scorer` of the same name and pattern.
+
+    exact: the reference as whole words. numeric: its number. regex: what the pattern's group holds in the reference, as
+    whole words, whether or not the pattern matches the reply. Raises ScoringError as `scorer` does.
+    """
+    scorer(kind, pattern)
+    if kind == "regex":
+        extract = _extractor(pattern)
+        return lambda reference, answer: mentions(extract(reference) or "", answer)
+    return {"exact": mentions, "numeric": mentions_number}[kind]
 
 
 def normal(text: str) -> str:

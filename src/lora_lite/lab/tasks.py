@@ -20,13 +20,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_lite.errors import LoraLiteError
-from lora_lite.lab.scoring import RIGHT, Scorer, exact, normal
+from lora_lite.lab.scoring import RIGHT, Finder, Scorer, exact, mentions, normal
 
 # Shares of the content space, in percent. Membership is a hash of the prompt, so it depends neither on the seed nor on
 # how many examples are drawn: two runs, or two machines, can never train on each other's test items.
 SPLITS = {"test": range(0, 20), "validation": range(20, 30), "train": range(30, 100)}
 INSTRUCTION = "Reply with the answer only."
-PATIENCE = 4000  # draws without a new example after which a source counts as exhausted
+PATIENCE = 20_000  # draws in a row without a new example of the split after which a source counts as exhausted
 
 
 class TaskError(LoraLiteError, ValueError):
@@ -52,8 +52,18 @@ class Example:
     chat: bool = True
 
 
-Source = Callable[[str, int], Iterator[Example]]  # (split, seed) -> examples of that split, with repetitions
+# (split, seed) -> examples of that split, with repetitions; None for a draw that fell into another split
+Source = Callable[[str, int], Iterator[Example | None]]
 Verifier = Callable[[Example, str], float]
+Mention = Callable[[Example, str], bool]  # (example, completion) -> whether the answer is anywhere in it
+
+
+def by_occurrence(find: Finder) -> Mention:
+    """The rule that looks for an example's own answer in a completion."""
+    return lambda example, completion: find(example.answer, completion)
+
+
+IN_WORDS = by_occurrence(mentions)
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,8 @@ class Task:
     provenance: where the examples come from, as plain data: of rows the source, their number, their fingerprint and
     what was left out; of a generator its package's version and its parameters.
     notes: what a reader must be told beside every number of this task.
+    mention: (example, completion) -> whether the answer is anywhere in it, whatever the format; `evaluate.judge`
+    counts what the verifier accepts too.
     """
 
     name: str
@@ -76,24 +88,28 @@ class Task:
     max_new_tokens: int | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    mention: Mention = IN_WORDS
 
     def distinct(self, split: str, seed: int = 0) -> Iterator[Example]:
         """Examples of a split in seeded order, each question once; in training, each question with each of its answers.
 
-        Ends when PATIENCE draws bring nothing new.
+        Ends when PATIENCE draws in a row bring nothing new, be they repeated or of another split.
         """
         if split not in SPLITS:
             raise TaskError(f"unknown split {split!r}; it is one of {', '.join(SPLITS)}")
         seen: set[bytes] = set()
         misses = 0
         for example in self.source(split, seed):
-            key = content_key(f"{example.prompt}\n{example.answer}" if split == "train" else example.prompt)
-            misses = misses + 1 if key in seen else 0
-            if misses > PATIENCE:
+            if example is not None:
+                key = content_key(f"{example.prompt}\n{example.answer}" if split == "train" else example.prompt)
+                if key not in seen:
+                    misses = 0
+                    seen.add(key)
+                    yield example
+                    continue
+            misses += 1
+            if misses >= PATIENCE:
                 return
-            if key not in seen:
-                seen.add(key)
-                yield example
 
     def examples(self, split: str, n: int, seed: int = 0) -> list[Example]:
         """The first n examples of `distinct`. Raises TaskError if there are fewer."""
@@ -103,7 +119,7 @@ class Task:
         if len(found) < n:
             raise TaskError(
                 f"the task {self.name!r} has only {len(found)} distinct {split} examples, {n} were asked for; "
-                "ask for fewer, or widen the task's parameters"
+                "ask for fewer, or make the task larger: wider parameters of a generator, more rows of a file"
             )
         return found
 
@@ -135,10 +151,13 @@ def derive_seed(*parts: object) -> int:
 
 
 def split_by_content(stream: Callable[[int], Iterator[Example]]) -> Source:
-    """Turn one stream of examples (seed -> iterator) into a source whose splits share no content."""
+    """Turn one stream of examples (seed -> iterator) into a source whose splits share no content.
 
-    def source(split: str, seed: int) -> Iterator[Example]:
-        return (example for example in stream(seed) if split_of(example.prompt) == split)
+    The source gives None for every draw of another split, so that who draws can give up on an endless stream.
+    """
+
+    def source(split: str, seed: int) -> Iterator[Example | None]:
+        return (example if split_of(example.prompt) == split else None for example in stream(seed))
 
     return source
 
@@ -152,7 +171,12 @@ def fingerprint(examples: Sequence[Example]) -> str:
 
 
 def require_sound_key(task: Task, examples: Sequence[Example]) -> None:
-    """Raise TaskError unless every example's own reference answer gets the full score."""
+    """Raise TaskError unless every example's own reference answer gets the full score.
+
+    What that finds depends on the scorer: for numbers, answers without one; for an expression, answers that it does not
+    match; for a generator, answers that its own verifier refuses. Exact comparison accepts every answer as its own
+    reference, so it finds nothing there: `row_tasks` looks at the rows themselves.
+    """
     wrong = [example for example in examples if task.score(example, example.answer) < RIGHT]
     if wrong:
         first = wrong[0]
@@ -211,7 +235,7 @@ def from_splits(name: str, parts: Mapping[str, Sequence[Example]], verify: Verif
     options: further fields of Task.
     """
 
-    def source(split: str, seed: int) -> Iterator[Example]:
+    def source(split: str, seed: int) -> Iterator[Example | None]:
         order = list(parts.get(split, ()))
         random.Random(derive_seed(name, split, seed)).shuffle(order)
         return iter(order)
