@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from lab_helpers import make_llama, make_tokenizer
+from lab_helpers import make_llama, make_tokenizer, write_rows
 
 import lora_lite as ll
 from lora_lite import cli
+from lora_lite.lab.catalogue import load_task
+from lora_lite.lab.tasks import fingerprint
 
 SMALL = ["--task", "gcd", "--train-examples", "16", "--test-examples", "4", "--reload-examples", "2", "--steps", "3"]
 
@@ -48,6 +50,27 @@ def test_train_measures_saves_and_ends_with_json(method: str, folder: Path, caps
     model = make_llama()
     assert ll.load(model, folder / "out" / "adapter.safetensors").num_trainable == summary["trainable"]
     assert not (folder / "out" / "checkpoints").exists()
+
+
+def test_train_tells_what_was_left_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = folder / "mine.jsonl"
+    write_rows(path, [{"question": f"{i}?", "answer": f"{i}" if i % 5 == 0 else ""} for i in range(600)])
+    assert train(folder, "--task", str(path), "--max-length", "24", "lora") == 0
+    *lines, last = capsys.readouterr().out.strip().splitlines()
+    told = " ".join(" ".join(lines).split())
+    note = f"480 of 600 rows of {path} left out: without question or answer (480)"
+    data = json.loads((folder / "out" / "result.json").read_text())["data"]
+    assert data == json.loads(last)["data"] and data["notes"] == [note]
+    assert note.replace(" ", "") in told.replace(" ", "")  # a terminal breaks lines where it likes
+    kept, too_long = data["tokens"]["kept"], data["tokens"]["too_long"]
+    assert kept + too_long == data["examples"]["train"] == 16 and kept and too_long
+    assert f"trained on {kept} of 16 examples that were asked for; left out: {too_long} longer than 24 tokens" in told
+    task = load_task(str(path))
+    assert data["task"] == task.provenance and data["task"]["train"]["left_out"] == {"without question or answer": 480}
+    assert data["prints"] == {
+        "train": fingerprint(task.examples("train", 16)),
+        "test": fingerprint(task.examples("test", 4)),
+    }
 
 
 def test_flags_reach_the_config_wherever_they_stand(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

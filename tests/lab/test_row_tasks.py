@@ -103,9 +103,13 @@ def test_provenance_is_plain_data_that_counts_what_was_left_out(gsm8k: Path) -> 
     }
     kept = len(prompts(task, "train"))
     assert found["train"].pop("fingerprint").isalnum()
-    assert found["train"] == {"from": str(gsm8k), "split": "train", "rows": kept}
+    assert found["train"] == {"from": str(gsm8k), "split": "train", "read": len(rows), "rows": kept}
     assert kept + len(prompts(task, "validation")) + sum(left_out.values()) == len(rows)
     assert found["test"]["rows"] == 7 and found["test"]["left_out"] == {}
+    assert task.notes == (
+        f"5 of 45 rows of {gsm8k} (train) left out: without question or answer (2), came before (1), "
+        "also a held-out question (1), own answer does not score (1)",
+    )
 
 
 def test_a_held_out_answer_that_does_not_score_is_an_error(gsm8k: Path) -> None:

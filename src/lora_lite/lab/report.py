@@ -1,6 +1,7 @@
 """What a run prints for people: a table, and worked examples before and after."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -31,11 +32,24 @@ def show(result: Result, console: Console | None = None) -> None:
     costs.add_row("peak memory", f"{summary['peak_memory_mb']:,.0f} MB")
     costs.add_row("loaded on a fresh base", f"{summary['reloaded_answers_compared']} answers compared, all the same")
     console.print(costs)
+    for line in left_out(summary["data"]):
+        console.print(line, markup=False, highlight=False)
     for before, after in pick(result.before.records, result.after.records):
         console.rule()
         console.print(before.prompt.strip()[-400:], markup=False, highlight=False)
         for label, text in (("expected", before.answer), ("before", before.completion), ("after", after.completion)):
             console.print(f"  {label:<9} {' '.join(text.split())[:200]}", markup=False, highlight=False)
+
+
+def left_out(data: Mapping[str, Any]) -> list[str]:
+    """What training did without, and the task's notes, a line each: of a run's `data`."""
+    tokens = data["tokens"]
+    return [
+        f"trained on {tokens['kept']:,} of {data['examples']['train']:,} examples that were asked for; left out: "
+        f"{tokens['too_long']:,} longer than {tokens['max_length']:,} tokens, "
+        f"{tokens['empty']:,} without prompt or answer",
+        *data["notes"],
+    ]
 
 
 def pick(before: Sequence[Record], after: Sequence[Record], n: int = EXAMPLES) -> list[tuple[Record, Record]]:

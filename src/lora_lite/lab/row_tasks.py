@@ -1,26 +1,30 @@
 """Tasks from rows of questions and answers: GSM8K, MetaMathQA judged by GSM8K, and a file of your own.
 
 Rows without question or answer, repeated rows (of held-out parts: repeated questions), and training rows that are
-held-out questions too, or whose own answer gets no full score, are left out and counted in the task's provenance. A
-held-out answer that does not score is an error.
+held-out questions too, or whose own answer gets no full score, are left out, counted in the task's provenance and told
+in its notes. An error: a held-out answer that does not score, and answers that are all their own questions, which no
+scorer would notice. Answers that are all the same are told in the notes.
 """
 
 import re
+import textwrap
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from lora_lite.lab.corpora import load_rows
-from lora_lite.lab.scoring import RIGHT, Scorer, numeric, scorer
+from lora_lite.lab.corpora import READERS, load_rows
+from lora_lite.lab.scoring import RIGHT, Finder, Scorer, finder, mentions_number, normal, numeric, scorer
 from lora_lite.lab.tasks import (
     SPLITS,
     Example,
     Task,
     TaskError,
     build_prompt,
+    by_occurrence,
     by_reference,
     content_key,
     fingerprint,
@@ -45,6 +49,19 @@ Key = tuple[bytes, bytes]  # content of the question and, in training, of the an
 Maker = Callable[[str, str], Example]  # (question, answer) -> example
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where rows are from, how many there are, and how many of them have their question as the answer."""
+
+    source: str
+    split: str
+    read: int
+    echoes: int = 0
+
+    def __str__(self) -> str:
+        return self.source if Path(self.source).suffix in READERS else f"{self.source} ({self.split})"
+
+
 @dataclass
 class Part:
     """The examples of one split by their content, where they are from, and how many rows were left out why.
@@ -53,7 +70,7 @@ class Part:
     """
 
     examples: dict[Key, Example]
-    origin: dict[str, str]
+    origin: Origin
     left_out: Counter[str]
 
     def add(self, example: Example, several: bool) -> None:
@@ -72,8 +89,9 @@ class Part:
     def provenance(self) -> dict[str, Any]:
         """What is known of the rows, as plain data."""
         rows = list(self.examples.values())
+        origin = {"from": self.origin.source, "split": self.origin.split, "read": self.origin.read}
         kept = {"rows": len(rows), "fingerprint": fingerprint(rows)}
-        return {**self.origin, **kept, "left_out": {why: n for why, n in self.left_out.items() if n}}
+        return {**origin, **kept, "left_out": {why: n for why, n in self.left_out.items() if n}}
 
 
 def gsm8k_task(
@@ -96,7 +114,7 @@ def gsm8k_task(
 
     train = read_part(path, "train", make)
     parts = {"train": train, "validation": hold_back(train, validation), "test": read_part(path, "test", make)}
-    return assemble("gsm8k", parts, numeric, max_new_tokens=max_new_tokens)
+    return assemble("gsm8k", parts, numeric, mentions_number, max_new_tokens=max_new_tokens)
 
 
 def metamath_gsm8k_task(
@@ -123,7 +141,7 @@ def metamath_gsm8k_task(
         "validation": hold_back(read_part(gsm8k, "train", make), validation),
         "test": read_part(test or gsm8k, "test", make),
     }
-    return assemble(name, parts, numeric, (METAMATH_NOTE,), max_new_tokens)
+    return assemble(name, parts, numeric, mentions_number, (METAMATH_NOTE,), max_new_tokens)
 
 
 def jsonl_task(
@@ -148,7 +166,7 @@ def jsonl_task(
     template, drop: see `build_prompt`. max_new_tokens: what an answer may take; None measures it.
     """
     require_no_instruction(instruction, chat)
-    judge = scorer(score, pattern)
+    judge, find = scorer(score, pattern), finder(score, pattern)
 
     def make(asked: str, told: str) -> Example:
         return Example(build_prompt(asked, template, drop, chat), told, str(path), instruction, chat=chat)
@@ -162,7 +180,7 @@ def jsonl_task(
         share = split_of(example.prompt)
         share = share if share in shares else "train"
         shares[share].add(example, several=share == "train")
-    return assemble(str(path), {**parts, **shares}, judge, max_new_tokens=max_new_tokens)
+    return assemble(str(path), {**parts, **shares}, judge, find, max_new_tokens=max_new_tokens)
 
 
 TASKS: dict[str, Callable[..., Task]] = {
@@ -173,15 +191,25 @@ TASKS: dict[str, Callable[..., Task]] = {
 
 
 def read_part(source: str, split: str, make: Maker, question: str = "question", answer: str = "answer") -> Part:
-    """The rows of a split as examples; those without question or answer and repeated ones left out and counted."""
+    """The rows of a split as examples; those without question or answer and repeated ones left out and counted.
+
+    Raises TaskError if every answer is its own question.
+    """
     rows = load_rows(source, split, (question, answer))
-    part = Part({}, {"from": source, "split": split}, Counter())
+    part, echoes = Part({}, Origin(source, split, len(rows)), Counter()), 0
     for row in tqdm(rows, desc=f"read {source}", unit="row", disable=len(rows) < LONG):
         asked, told = (str(row[name]).strip() if row[name] is not None else "" for name in (question, answer))
         if not asked or not told:
             part.left_out["without question or answer"] += 1
             continue
+        echoes += normal(asked) == normal(told)
         part.add(make(asked, told), several=split == "train")
+    if echoes and echoes == len(rows) - part.left_out["without question or answer"]:
+        raise TaskError(
+            f"every answer in {source!r} is its own question (question={question}, answer={answer}); the first is "
+            f"{textwrap.shorten(str(rows[0][answer]), 120)!r}; name the field that holds the answers"
+        )
+    part.origin = Origin(source, split, len(rows), echoes)
     return part
 
 
@@ -191,7 +219,7 @@ def hold_back(train: Part, count: int | None) -> Part:
     taken = max(1, min(VALIDATION_ROWS, len(questions) // 10)) if count is None else count
     if not 0 < taken < len(questions):
         raise TaskError(
-            f"cannot hold back {taken} of the {len(questions)} rows of {train.origin['from']!r} for validation"
+            f"cannot hold back {taken} of the {len(questions)} rows of {train.origin.source!r} for validation"
         )
     held, chosen = Part({}, train.origin, Counter()), set(questions[:taken])
     for key in sorted(key for key in train.examples if key[0] in chosen):
@@ -203,31 +231,62 @@ def assemble(
     name: str,
     parts: dict[str, Part],
     judge: Scorer,
+    find: Finder,
     notes: tuple[str, ...] = (),
     max_new_tokens: int | None = None,
 ) -> Task:
-    """A task whose splits share no content and whose answers all score.
+    """A task whose splits share no content and whose answers all score by `judge`; `find` looks for them in replies.
 
-    Raises TaskError if a held-out answer does not score, or no training example is left.
+    Its notes are those given, and those of `row_notes`. Raises TaskError if a held-out answer does not score, or no
+    training example is left.
     """
     held_out: set[bytes] = set()
     for split in ("test", "validation", "train"):
         part = parts[split]
         part.leave_out("also a held-out question", [key for key in part.examples if key[0] in held_out])
         held_out |= {question for question, _ in part.examples}
-    verify = by_reference(judge)
     lists = {split: list(part.examples.values()) for split, part in parts.items()}
-    whole = from_splits(name, lists, verify)
+    whole = from_splits(name, lists, by_reference(judge))
     for split in ("test", "validation"):
         require_sound_key(whole, lists[split])
-    train = parts["train"]
+    leave_out_unsound(whole, parts["train"])
+    return from_splits(
+        name,
+        {**lists, "train": list(parts["train"].examples.values())},
+        whole.verify,
+        max_new_tokens=max_new_tokens,
+        provenance={split: parts[split].provenance() for split in SPLITS},
+        notes=(*notes, *row_notes(parts, judge)),
+        mention=by_occurrence(find),
+    )
+
+
+def leave_out_unsound(task: Task, train: Part) -> None:
+    """Take the training examples out whose own answer does not score. Raises TaskError if none is left."""
     bar = tqdm(train.examples.items(), desc="score training answers", unit="row", disable=len(train.examples) < LONG)
-    unsound = [key for key, example in bar if whole.score(example, example.answer) < RIGHT]
+    unsound = [key for key, example in bar if task.score(example, example.answer) < RIGHT]
     if len(unsound) == len(train.examples):
-        require_sound_key(whole, lists["train"])
+        require_sound_key(task, list(train.examples.values()))
     train.leave_out("own answer does not score", unsound)
     if not train.examples:
-        raise TaskError(f"no training example of {name!r} is left; left out: {dict(train.left_out)}")
-    lists["train"] = list(train.examples.values())
-    provenance = {split: parts[split].provenance() for split in SPLITS}
-    return from_splits(name, lists, verify, max_new_tokens=max_new_tokens, provenance=provenance, notes=notes)
+        raise TaskError(f"no training example of {task.name!r} is left; left out: {dict(train.left_out)}")
+
+
+def row_notes(parts: Mapping[str, Part], judge: Scorer) -> list[str]:
+    """What a reader must know of the rows: how many were left out and why, and what is odd about the answers."""
+    left_out: dict[Origin, Counter[str]] = {}
+    for part in parts.values():
+        left_out.setdefault(part.origin, Counter()).update(part.left_out)
+    lines = []
+    for origin, counts in left_out.items():
+        if total := counts.total():
+            reasons = ", ".join(f"{why} ({n:,})" for why, n in counts.most_common() if n)
+            lines.append(f"{total:,} of {origin.read:,} rows of {origin} left out: {reasons}")
+        if origin.echoes:
+            lines.append(f"{origin.echoes:,} of {origin.read:,} rows of {origin} have their question as the answer")
+    for split in SPLITS:
+        answers = [example.answer for example in parts[split].examples.values()]
+        if len(answers) > 1 and all(judge(answers[0], answer) >= RIGHT for answer in answers):
+            said = f"all {len(answers):,} {split} answers are the same, {textwrap.shorten(answers[0], 80)!r}"
+            lines.append(f"{said} (from {parts[split].origin}): who always says that is right without reading")
+    return lines

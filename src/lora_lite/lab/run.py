@@ -20,11 +20,11 @@ import lora_lite as ll
 from lora_lite.adapter import variant_of
 from lora_lite.cost import peak_memory_mb
 from lora_lite.lab.catalogue import load_task
-from lora_lite.lab.data import MAX_LENGTH, Encoded, collate, encode
+from lora_lite.lab.data import MAX_LENGTH, Encoded, TokenReport, collate, encode
 from lora_lite.lab.evaluate import Evaluation, evaluate
 from lora_lite.lab.models import EMBEDDED, load_model
 from lora_lite.lab.provenance import provenance
-from lora_lite.lab.tasks import require_sound_key
+from lora_lite.lab.tasks import Example, Task, fingerprint, require_sound_key
 from lora_lite.lab.trackers import Trackers, require_trackers
 from lora_lite.lab.train import Progress, TrainConfig, last_checkpoint, train
 
@@ -85,13 +85,14 @@ class RunConfig:
 
 @dataclass
 class Result:
-    """What a run found. `summary` is what the last line of output holds."""
+    """What a run found. `data` is what `describe_data` says; `summary` is what the last line of output holds."""
 
     before: Evaluation
     after: Evaluation
     progress: Progress
     attachment: str
     seconds: dict[str, float]
+    data: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
 
 
@@ -102,6 +103,8 @@ def pick_device(device: str | None) -> torch.device:
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of the base; "auto" takes bfloat16 only where hardware computes it: elsewhere it is slower."""
+    if name not in (*DTYPES, "auto"):
+        raise RunError(f"dtype = {name!r}: must be one of auto, {', '.join(DTYPES)}")
     if name != "auto":
         return DTYPES[name]
     if device.type == "cuda":
@@ -145,7 +148,8 @@ def finetune(run: RunConfig, method: ll.AdapterConfig | Sequence[ll.AdapterConfi
     with clock("load"):
         model, tokenizer = load_model(run.model, dtype, device, quantization=run.quantization)
         items, report = encode(train_set, tokenizer, run.max_length)
-    tqdm.write(f"{run.task}: {report}; {len(test_set)} held-out items")
+    data = describe_data(task, train_set, test_set, report)
+    tqdm.write("\n".join((f"{run.task}: {report}; {len(test_set)} held-out items", *data["notes"])))
     with clock("evaluate_before"):
         before = evaluate(model, tokenizer, task, test_set)
     pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
@@ -168,11 +172,28 @@ def finetune(run: RunConfig, method: ll.AdapterConfig | Sequence[ll.AdapterConfi
             fresh = load_model(run.model, dtype, device, quantization=run.quantization)
             ll.load(fresh[0], adapter)
             require_same_answers(answers, evaluate(*fresh, task, examples, progress=False), adapter)
-    result = Result(before, after, progress, att.summary(), clock.seconds)
+    result = Result(before, after, progress, att.summary(), clock.seconds, data)
     result.summary = summarize(run, method, training, result, att, device, dtype, adapter)
     write_result(run.out / "result.json", result)
     shutil.rmtree(checkpoints, ignore_errors=True)  # the run is whole: nothing is left to resume
     return result
+
+
+def describe_data(
+    task: Task, train_set: Sequence[Example], test_set: Sequence[Example], report: TokenReport
+) -> dict[str, Any]:
+    """What a run was given, as plain data.
+
+    prints, examples: fingerprint and size of both sets. task: its sources, with what it left out. tokens: what became
+    of the training examples. notes: what a reader must be told.
+    """
+    return {
+        "prints": {"train": fingerprint(train_set), "test": fingerprint(test_set)},
+        "examples": {"train": len(train_set), "test": len(test_set)},
+        "task": dict(task.provenance),
+        "tokens": dataclasses.asdict(report),
+        "notes": list(task.notes),
+    }
 
 
 def calibration(
@@ -216,6 +237,7 @@ def summarize(
         "mention_rate_after": result.after.mention_rate,
         "cut_off_after": result.after.cut_off,
         "items": len(result.after.records),
+        "data": result.data,
         "trainable": att.num_trainable,
         "adapter": str(adapter),
         "adapter_bytes": adapter.stat().st_size,
