@@ -31,7 +31,7 @@ def test_the_print_of_a_base_is_moved_by_any_change(change: Callable[[Tensor], N
     first = provenance.base_print(model)
     assert provenance.base_print(make_llama()) == first
     with torch.no_grad():
-        change(model.model.layers[0].mlp.up_proj.weight)
+        change(model.get_parameter("model.layers.0.mlp.up_proj.weight"))
     assert provenance.base_print(model) != first
 
 
