@@ -9,6 +9,7 @@ from lora_lite.lab.findings import Interval
 DASH = "—"  # stands for a missing value
 COUNTS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 BYTES = ((1e9, " GB"), (1e6, " MB"), (1e3, " kB"))
+SURE = 0.05  # p-values below it decide; a printed one stands on its own side of it
 
 
 def _minus(text: str) -> str:
@@ -33,12 +34,27 @@ def signed(value: float, digits: int = 3) -> str:
 
 def loss(value: float) -> str:
     """Nats a token: 0.43219 -> "0.432"."""
-    return f"{value:.3f}"
+    return _minus(f"{value:.3f}")
+
+
+def short(value: float, digits: int = 3) -> str:
+    """In so many digits, for ticks and small print: 0.000012345 -> "1.23e−05"."""
+    return _minus(f"{value:.{digits}g}")
+
+
+def p_value(p: float) -> str:
+    """A p-value, on its own side of 0.05: 0.0832 -> "p = 0.083", 0.04996 -> "p = 0.04996", 2e-10 -> "p < 0.001"."""
+    if p < 0.001:
+        return "p < 0.001"
+    digits = 2 if p >= 0.1 else 3
+    while (float(f"{p:.{digits}f}") < SURE) != (p < SURE):
+        digits += 1
+    return f"p = {p:.{digits}f}" if p < 1 else "p = 1"
 
 
 def ratio(value: float) -> str:
     """A time as a multiple of another: 1.2345 -> "1.23×"."""
-    return f"{value:.2f}×"
+    return _minus(f"{value:.2f}×")
 
 
 def compact(value: float) -> str:
@@ -81,7 +97,7 @@ def rate(value: float) -> str:
 def seconds(value: float) -> str:
     """A duration: 0.0344 -> "0.034 s", 143.2 -> "143 s"."""
     decimals = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
-    return f"{value:.{decimals}f} s"
+    return _minus(f"{value:.{decimals}f} s")
 
 
 def span(interval: Interval, show: Callable[[float], str]) -> str:

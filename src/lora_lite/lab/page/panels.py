@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from lora_lite.lab.findings import Finding, Findings
-from lora_lite.lab.numerals import rate
+from lora_lite.lab.numerals import loss, rate, short
 from lora_lite.lab.page import drawing
 from lora_lite.lab.page.drawing import BETTER, INK, MUTED, PAPER, SMALL, WORSE
 
@@ -105,7 +105,7 @@ def curves(findings: Findings) -> list[Sketch]:
         Sketch(
             arm,
             f"Training loss of {arm}, seeds {', '.join(map(str, lines))}, over {max(map(len, lines.values()))} steps: "
-            f"from {ends_of(lines)[0]:.2f} to {ends_of(lines)[1]:.2f} nats a token.",
+            f"from {loss(ends_of(lines)[0])} to {loss(ends_of(lines)[1])} nats a token.",
             lambda axes, lines=lines, arm=arm: draw(axes, lines, arm == findings.baseline),
         )
         for arm, lines in known.items()
@@ -151,7 +151,7 @@ def set_losses(axes: Axes, low: float, high: float) -> None:
         room = 0.08 * (high - low) or 0.1
         axes.set_ylim(low - room, high + room)
         axes.yaxis.set_major_locator(MaxNLocator(4))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
 
 
 def rates(findings: Findings) -> list[Sketch]:
@@ -180,7 +180,7 @@ def finite(value: float | None) -> TypeGuard[float]:
 def spoken(arm: Finding) -> str:
     """The losses of an arm's rates, in words."""
     tried = sorted(arm.rates.items())
-    words = [f"{rate(key)} {f'{value:.3f}' if finite(value) else 'failed'}" for key, value in tried]
+    words = [f"{rate(key)} {loss(value) if finite(value) else 'failed'}" for key, value in tried]
     return ", ".join(words) + (f"; chosen {rate(arm.rate)}" if arm.rate is not None else "")
 
 
