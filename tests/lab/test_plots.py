@@ -8,15 +8,14 @@ import matplotlib
 import numpy as np
 import page_studies as studies
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from matplotlib._pylab_helpers import Gcf
 from PIL import Image
 
 from lora_lite.lab import numerals
 from lora_lite.lab.findings import Findings, Interval
-from lora_lite.lab.page import bars, drawing, labels, panels, plots
-from lora_lite.lab.page.plots import Plots, front_of, pareto, plot
+from lora_lite.lab.page import bars, drawing, panels, plots, table
+from lora_lite.lab.page.front import points_of
+from lora_lite.lab.page.plots import Plots, plot
 
 FEW = {arm: studies.ARMS[arm] for arm in ("lora", "ia3", "antipasto", "antipasto_asvd")}
 
@@ -31,39 +30,13 @@ def drawn(few: Findings) -> Plots:
     return plot(few)
 
 
-@pytest.mark.parametrize(
-    ("points", "front"),
-    [
-        ([], []),
-        ([(1, 0.5)], [0]),
-        ([(2, 0.6), (1, 0.5)], [1, 0]),
-        ([(1, 0.5), (2, 0.5)], [0]),  # dearer, and no better
-        ([(1, 0.5), (1, 0.6)], [1]),  # no cheaper, and worse
-        ([(1, 0.5), (1, 0.5), (2, 0.4)], [0, 1]),  # equal in both: neither beats the other
-        ([(0, 0.1), (1, 0.9), (5, 0.8), (9, 0.95)], [0, 1, 3]),
-    ],
-)
-def test_pareto(points: list[tuple[float, float]], front: list[int]) -> None:
-    assert pareto(points) == front
-
-
-@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=12))
-def test_pareto_is_what_no_other_point_beats(points: list[tuple[int, int]]) -> None:
-    unbeaten = {
-        index
-        for index, (cost, gain) in enumerate(points)
-        if not any(c <= cost and g >= gain and (c, g) != (cost, gain) for c, g in points)
-    }
-    assert set(pareto(points)) == unbeaten
-
-
-def point(arm: str, cost: float, low: float, high: float) -> plots.Point:
-    return plots.Point(arm, "tie", cost, Interval((low + high) / 2, low, high))
-
-
-def test_what_the_front_does_not_clear_is_named() -> None:
-    cheap, near, far = point("cheap", 1, 0.5, 0.6), point("near", 2, 0.45, 0.55), point("far", 3, 0.1, 0.2)
-    assert front_of([cheap, near, far]) == ([0], [1])
+def test_pictures_and_table_give_the_same_sizes(few: Findings) -> None:
+    columns = {column.label: column for column in table.columns(few)}
+    sketches = {sketch.title: sketch for sketch in bars.costs(few)}
+    for label, title in {"peak memory": "Peak memory of training", "file": "Size of the file"}.items():
+        for arm in few.arms:
+            shown = columns[label].cell(arm).text
+            assert shown.endswith(("MB", "GB", "kB")) and f"{arm.arm} {shown}" in sketches[title].alt
 
 
 def test_the_caption_names_front_neighbours_and_what_is_left_out(few: Findings, drawn: Plots) -> None:
@@ -71,48 +44,9 @@ def test_the_caption_names_front_neighbours_and_what_is_left_out(few: Findings, 
     assert "(ia3, antipasto_asvd, lora)" in caption
     assert "Not separated from the front either: antipasto." in caption
     without = dataclasses.replace(few.arms[0], accuracy=None)
-    points = plots.points_of(findings := dataclasses.replace(few, arms=(without, *few.arms[1:])), "accuracy-macs")
+    points = points_of(findings := dataclasses.replace(few, arms=(without, *few.arms[1:])), "macs_token")
     left_out = plots.scatter(findings, "accuracy-macs", points, drawing.empty()).caption
     assert f"left out: {without.arm}." in left_out
-
-
-def test_the_front_is_dashed_between_arms_that_are_not_separated(few: Findings) -> None:
-    with drawing.style():
-        figure = plots.draw_scatter(few, "accuracy-parameters", plots.points_of(few, "accuracy-parameters"), plots.WIDE)
-    steps = [line.get_linestyle() for line in figure.axes[0].lines if line.get_label() == plots.FRONT]
-    # ia3 to antipasto_asvd is separated; antipasto_asvd to lora is not, and the line after lora joins nothing.
-    assert steps == ["-", "--", "--"]
-
-
-@pytest.mark.parametrize("count", [1, 6, 25])
-def test_labels_keep_off_each_other_and_off_points(count: int) -> None:
-    draw = np.random.default_rng(count)
-    anchors = draw.uniform((60, 60), (240, 160), (count, 2))
-    sizes = np.stack([draw.uniform(20, 110, count), np.full(count, 12.0)], -1)
-    marks, bounds = np.hstack([anchors - 4, anchors + 4]), np.array([0.0, 0.0, 360.0, 420.0])
-    boxes = labels.place(anchors, sizes, marks, np.full(count, labels.HARD), bounds)
-    assert np.allclose(boxes[:, 2:] - boxes[:, :2], sizes)
-    assert (boxes[:, :2] >= bounds[:2]).all() and (boxes[:, 2:] <= bounds[2:] + 1e-9).all()
-    assert labels.covers(boxes, boxes).sum() == count  # each covers itself alone
-    assert labels.covers(boxes, marks).sum() == 0
-
-
-def test_a_label_wider_than_the_picture_starts_at_its_edge() -> None:
-    bounds = np.array([0.0, 0.0, 50.0, 50.0])
-    boxes = labels.place(np.array([[25.0, 25.0]]), np.array([[80.0, 10.0]]), np.zeros((0, 4)), np.zeros(0), bounds)
-    assert boxes[0, 0] == 0
-
-
-@pytest.mark.parametrize("cost", [0.0, 5000.0])
-def test_arms_of_one_cost_are_set_side_by_side(cost: float) -> None:
-    points = [point(str(index), cost, 0.4, 0.6) for index in range(5)]
-    study = studies.whole(FEW)
-    with drawing.style():
-        axes = drawing.axes(drawing.canvas(*plots.NARROW), 30, 30, 10, 10)
-        plots.set_scales(axes, study, points)
-        at = plots.side_by_side(axes, points)
-    pixels = axes.transData.transform([(x, 0.5) for x in at])[:, 0]
-    assert np.allclose(np.diff(pixels), plots.SIDE_BY_SIDE)
 
 
 def test_a_picture_takes_its_colours_from_the_page_and_has_words(drawn: Plots) -> None:
@@ -195,6 +129,19 @@ def test_a_curve_is_thinned_without_losing_its_ends() -> None:
         (numerals.tidy("800 MB"), "800 MB"),
         (numerals.tidy("0 B"), "0"),
         (numerals.tidy("0.000 s"), "0"),
+        (numerals.loss(-4.862), "−4.862"),
+        (numerals.span(Interval(2.661, -4.862, 10.184), numerals.loss), "−4.862 to 10.184"),
+        (numerals.ratio(-0.5), "−0.50×"),
+        (numerals.seconds(-1.5), "−1.500 s"),
+        (numerals.short(-0.25), "−0.25"),
+        (numerals.short(1.234e-5), "1.23e−05"),
+        (numerals.p_value(2e-10), "p < 0.001"),
+        (numerals.p_value(0.0031), "p = 0.003"),
+        (numerals.p_value(0.0832), "p = 0.083"),
+        (numerals.p_value(0.04996), "p = 0.04996"),
+        (numerals.p_value(0.0504), "p = 0.050"),
+        (numerals.p_value(0.2324), "p = 0.23"),
+        (numerals.p_value(1.0), "p = 1"),
         (numerals.rate(5e-5), "5e−5"),
         (numerals.rate(0.002), "0.002"),
         (numerals.seconds(0.0344), "0.034 s"),
