@@ -115,8 +115,8 @@ def whole(names: dict[str, tuple] | None = None) -> Findings:
     arms = placed([finding(arm, facts) for arm, facts in names.items()])
     bare = dataclasses.replace(
         finding("lora", ARMS["lora"]), arm="base", method="base", title="the frozen base", arxiv="", seeds=(), rates={},
-        wanted_seeds=0, rate=None, edge="", accuracy=Interval(0.02, 0.004, 0.047), by_seed={}, against=None, verdict="", p=None,
-        places=None, mentioned=0.031, cut_off=0.44, validation_loss=Interval(2.31, 2.31, 2.31), curves={},
+        wanted_seeds=0, rate=None, edge="", accuracy=Interval(0.02, 0.004, 0.047), by_seed={}, against=None, verdict="",
+        p=None, places=None, mentioned=0.031, cut_off=0.44, validation_loss=Interval(2.31, 2.31, 2.31), curves={},
         forgetting={"general text": Change(3.412, Interval(3.412, 3.412, 3.412))}, cost=None, failures=(),
     )  # fmt: skip
     return Findings(
@@ -126,6 +126,7 @@ def whole(names: dict[str, tuple] | None = None) -> Findings:
         setup={"learning rates": "3 a method, around its default", "seeds": "3", "targets": "readers and writers"},
         base=bare, arms=arms, examples=items(["base", *names]),
         notes=("One task and one small model: another may order the methods otherwise.",), missing=(),
+        failures=tuple(f"{arm.arm}: {reason}" for arm in arms for reason in arm.failures),
         machines=("AMD EPYC, 2 cores (2 threads), torch 2.13.0+cpu, transformers 5.23.0, commit 81f7d12",),
         command="lora-lite study catalogue --out results/catalogue",
     )  # fmt: skip
@@ -135,8 +136,9 @@ def partial() -> Findings:
     """Begun only: one arm measured, one being tuned, one untouched; no cost anywhere."""
     study = whole({"lora": ARMS["lora"], "dora": ARMS["dora"], "ia3": ARMS["ia3"]})
     nothing = {
-        "seeds": (), "accuracy": None, "by_seed": {}, "against": None, "verdict": "", "p": None, "places": None, "mentioned": None,
-        "cut_off": None, "validation_loss": None, "curves": {}, "forgetting": {}, "rate": None, "edge": "",
+        "seeds": (), "accuracy": None, "by_seed": {}, "against": None, "verdict": "", "p": None, "places": None,
+        "mentioned": None, "cut_off": None, "validation_loss": None, "curves": {}, "forgetting": {},
+        "rate": None, "edge": "",
     }  # fmt: skip
     arms = []
     for arm in study.arms:
@@ -178,7 +180,8 @@ def nasty() -> Findings:
             arms[index] = dataclasses.replace(arm, arxiv="javascript:alert(1)", curves=curves, failures=(attack,))
     return dataclasses.replace(
         study, name=attack, about=attack, setup={attack: attack}, notes=(attack,), missing=(attack,),
-        machines=(attack,), command=attack, arms=tuple(arms), examples=(Item(attack, attack, replies),),
+        machines=(attack,), command=attack, failures=(attack,), arms=tuple(arms),
+        examples=(Item(attack, attack, replies),),
     )  # fmt: skip
 
 
@@ -186,3 +189,23 @@ def many() -> Findings:
     """25 arms, several of them settings of one method."""
     names = {f"antipasto_arrow[block={block}]": facts for block, facts in enumerate(list(ARMS.values())[:8])}
     return whole(ARMS | names)
+
+
+def thin() -> Findings:
+    """One arm with one seed and no verdict, a tie far from zero, an interval of a loss below zero, rates at edges."""
+    study = whole({arm: ARMS[arm] for arm in ("lora", "dora", "hra", "road")})
+    common = {"wanted_seeds": 3, "places": (1, 4), "failures": ()}
+    changes = {
+        "lora": {"edge": "highest"},
+        "dora": {"verdict": "tie", "p": 0.2324, "against": Interval(-0.427, -0.688, -0.167), "edge": "lowest"},
+        "hra": {"seeds": (1,), "by_seed": {1: 0.6}, "verdict": "", "p": None, "edge": ""},
+        "road": {"verdict": "worse", "p": 2.4e-10, "against": Interval(-0.114, -0.15, -0.08), "edge": ""},
+    }
+    arms = [dataclasses.replace(arm, **common, **changes[arm.arm]) for arm in study.arms]
+    arms = [
+        dataclasses.replace(arm, validation_loss=Interval(2.661, -4.862, 10.184)) if arm.arm == "dora" else arm
+        for arm in arms
+    ]
+    setup = study.setup | {"times and memory": "4 texts of 64 tokens on one thread, median of 7 rounds"}
+    notes = ("The rate chosen for 2 of 4 arms is an end of its grid (dora, lora).", "Costs are of 2 machines.")
+    return dataclasses.replace(study, arms=tuple(arms), setup=setup, notes=notes)

@@ -1,83 +1,15 @@
-"""The page of a study, opened in headless Chromium: no request, no error, and what can be clicked works."""
+"""The page of a study, opened in headless Chromium: no request, no error, and it says what is there and what is not."""
 
-import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import page_studies as studies
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from page_browser import STUDIES, opened, page_folders, shared_browser  # noqa: F401
+from playwright.sync_api import Browser
 
 from lora_lite.lab.findings import Findings
 from lora_lite.lab.page import write_page
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-FEW = ("lora", "dora", "ia3", "antipasto", "antipasto_asvd", "hra")
-STUDIES = {
-    "whole": lambda: studies.whole({arm: studies.ARMS[arm] for arm in FEW}),
-    "partial": studies.partial,
-    "nothing": studies.nothing,
-    "nasty": studies.nasty,
-    "single": lambda: studies.whole({"lora": studies.ARMS["lora"]}),
-}
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    where = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if where is None:
-        hint = "no chromium on PATH: `make browser` as root, or `apt-get install chromium`, lets this test run"
-        if os.environ.get("CI") == "true" and shutil.which("apt-get"):
-            pytest.fail(hint)
-        pytest.skip(hint)
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=where, args=["--no-sandbox", "--disable-gpu"])
-        yield opened
-        opened.close()
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
-    """Study -> the folder of its page, made when first asked for."""
-
-    class Made(dict[str, Path]):
-        def __missing__(self, name: str) -> Path:
-            self[name] = tmp_path_factory.mktemp(name)
-            write_page(STUDIES[name](), self[name])
-            return self[name]
-
-    yield Made()
-
-
-@contextmanager
-def opened(browser: Browser, folder: Path, width: int = 1280, scheme: str = "light") -> Iterator[Page]:
-    """The page in a window; leaving it checks that it asked for nothing else and that nothing went wrong."""
-    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True)  # pyright: ignore
-    page = context.new_page()
-    page.set_default_timeout(10_000)
-    wrong: list[str] = []
-    requests: list[str] = []
-    page.on("console", lambda message: wrong.append(message.text))
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("request", lambda request: requests.append(request.url))
-    page.goto((folder / "index.html").as_uri())
-    yield page
-    context.close()
-    assert wrong == []
-    assert [url for url in requests if not url.startswith("data:,")] == [(folder / "index.html").as_uri()]
-
-
-def column(page: Page, label: str) -> list[str]:
-    """The first line of a column's cells, from the top, of the rows that are shown."""
-    script = """label => {
-        const headers = [...document.querySelectorAll('#arms th[scope=col]')];
-        const at = headers.findIndex(header => header.innerText.trim() === label);
-        return [...document.querySelectorAll('#arm-rows tr')].filter(row => !row.hidden)
-            .map(row => row.cells[at].innerText.trim().split('\\n')[0]);
-    }"""
-    return page.evaluate(script, label)
 
 
 @pytest.mark.parametrize("width", [1280, 390])
@@ -120,63 +52,6 @@ def labels_apart(browser: Browser, folder: Path, width: int, study: Findings) ->
                     assert left >= other[2] or right <= other[0] or top >= other[3] or bottom <= other[1]
 
 
-def test_a_click_on_a_header_sorts_by_numbers(browser: Browser, folders: dict[str, Path]) -> None:
-    with opened(browser, folders["whole"]) as page:
-        header = page.locator("#arms th", has_text="trained parameters")
-        header.get_by_role("button").click()
-        assert header.get_attribute("aria-sort") == "ascending"
-        values = [int(text.replace(",", "")) for text in column(page, "trained parameters")]
-        assert values == sorted(values) and len(set(values)) > 3
-        assert values != sorted(values, key=str)  # as text they would be in another order
-        header.get_by_role("button").click()
-        assert header.get_attribute("aria-sort") == "descending"
-        assert [int(text.replace(",", "")) for text in column(page, "trained parameters")] == values[::-1]
-        page.locator("#arms th", has_text="difference to lora").get_by_role("button").click()  # best first
-        differences = [float(text.replace("−", "-")) for text in column(page, "difference to lora")]
-        assert differences == sorted(differences, reverse=True) and sum(value < 0 for value in differences) > 2
-        page.locator("#arms th", has_text="accuracy").get_by_role("button").click()
-        accuracies = [float(text.rstrip("%")) for text in column(page, "accuracy")]
-        assert accuracies == sorted(accuracies, reverse=True)
-        assert page.locator("[aria-sort]").count() == 1
-
-
-def test_the_keyboard_sorts_too_and_names_are_text(browser: Browser, folders: dict[str, Path]) -> None:
-    with opened(browser, folders["whole"]) as page:
-        page.locator("#arms th", has_text="arm").first.get_by_role("button").focus()
-        page.keyboard.press("Enter")
-        names = page.locator("#arm-rows th").evaluate_all("cells => cells.map(cell => cell.dataset.sort)")
-        assert names == sorted(FEW)
-        page.keyboard.press("Space")
-        names = page.locator("#arm-rows th").evaluate_all("cells => cells.map(cell => cell.dataset.sort)")
-        assert names == sorted(FEW, reverse=True)
-
-
-def test_missing_values_come_last_either_way_and_say_why(browser: Browser, folders: dict[str, Path]) -> None:
-    with opened(browser, folders["partial"]) as page:
-        button = page.locator("#arms th", has_text="accuracy").get_by_role("button")
-        for _ in range(2):
-            button.click()
-            assert column(page, "accuracy") == ["65.5%", "—", "—"]
-        dash = page.locator("#arm-rows tr", has_text="dora").locator("td").first
-        assert dash.get_attribute("title") == "no accuracy measured yet; still missing: 2 of 3 rates, 3 seeds"
-        assert "not measured yet" in (page.locator("td.none").last.get_attribute("title") or "")
-
-
-def test_rows_are_filtered_by_words_and_by_verdict(browser: Browser, folders: dict[str, Path]) -> None:
-    with opened(browser, folders["whole"]) as page:
-        page.fill("#find", "ANTI asvd")
-        assert column(page, "arm") == ["antipasto_asvd"]
-        assert page.locator("#arm-count").inner_text() == "1 of 6 arms"
-        page.fill("#find", "")
-        page.select_option("#verdict", "baseline")
-        assert column(page, "arm") == ["lora"]
-        page.select_option("#verdict", "better")
-        assert column(page, "arm") == []
-        page.select_option("#verdict", "*")
-        assert len(column(page, "arm")) == len(FEW)
-        assert page.locator("tbody.base tr").is_visible()
-
-
 def test_examples_are_filtered(browser: Browser, folders: dict[str, Path]) -> None:
     study: Findings = STUDIES["whole"]()
     replies = [reply for item in study.examples for reply in item.replies]
@@ -192,17 +67,6 @@ def test_examples_are_filtered(browser: Browser, folders: dict[str, Path]) -> No
         assert count == f"{len(wanted)} {'reply' if len(wanted) == 1 else 'replies'}"
         page.select_option("#example-outcome", "right")
         assert page.locator(".item:visible").count() == len([r for r in replies if r.arm == "dora" and r.score == 1])
-
-
-def test_the_first_column_stays_while_the_table_scrolls(browser: Browser, folders: dict[str, Path]) -> None:
-    with opened(browser, folders["whole"], 390) as page:
-        name = page.locator("#arm-rows th").first
-        before = name.bounding_box()
-        page.locator(".scroll").evaluate("box => { box.scrollLeft = 700; }")
-        assert page.locator(".scroll").evaluate("box => box.scrollLeft") == 700
-        assert name.bounding_box() == before
-        wide = page.locator(".scroll").evaluate("box => box.scrollWidth - box.clientWidth")
-        assert wide > 700  # it scrolls inside its own box
 
 
 def test_pictures_fit_a_telephone_and_change_with_the_window(browser: Browser, folders: dict[str, Path]) -> None:
@@ -259,6 +123,8 @@ def test_what_is_missing_is_said(browser: Browser, folders: dict[str, Path]) -> 
         assert "1 of 3 arms measured, 3 of 9 seeds" in page.locator("header").inner_text()
         assert "No cost is measured yet." in page.locator("main").inner_text()
     with opened(browser, folders["whole"]) as page:
+        failed = page.locator(".failures li").all_text_contents()
+        assert failed == ["hra: rate 0.0006, seed 0: LoraLiteError: the loss is not finite at step 41"]
         assert page.locator(".missing").count() == 0
         assert "Against lora, of 5 other arms:" in page.locator("header").inner_text()
 
@@ -286,3 +152,30 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     with pytest.raises(NotADirectoryError, match="page is a file, and a page is several: give a folder"):
         write_page(studies.nothing(), tmp_path / "page")
     assert (tmp_path / "page").read_text() == "mine"
+
+
+def test_the_top_counts_arms_at_the_edge_of_their_grids(browser: Browser, folders: dict[str, Path]) -> None:
+    with opened(browser, folders["thin"]) as page:
+        said = page.locator("header").inner_text()
+        assert "Against lora, of 3 other arms: 1 worse, 1 not separated from it (1 at the grid's edge), 1 " in said
+        assert "2 of 4 tuned arms (lora, the baseline, is among them) did best at the lowest or the highest" in said
+        assert "differences may be of the grid rather than of the methods" in said
+
+
+def test_it_says_what_intervals_cover_and_what_a_tie_may_look_like(browser: Browser, folders: dict[str, Path]) -> None:
+    with opened(browser, folders["thin"]) as page:
+        said = " ".join(page.locator(".reading").inner_text().split())
+        assert "for arms with one seed (hra), test items only: another seed may give another number" in said
+        assert "as that of dora does here (−68.8 to −16.7, p = 0.23)" in said
+        assert "just miss" not in said
+        assert "With one seed, the bars of hra cover test items only." in page.locator("figcaption").first.inner_text()
+
+
+def test_workload_and_caveats_stand_where_they_are_needed(browser: Browser, folders: dict[str, Path]) -> None:
+    study = STUDIES["thin"]()
+    with opened(browser, folders["thin"]) as page:
+        costs = page.locator("section[aria-labelledby=costs]")
+        assert costs.locator(".workload").inner_text() == f"Times and memory: {study.setup['times and memory']}"
+        assert page.locator(".notes li").all_inner_texts() == list(study.notes)
+    with opened(browser, folders["whole"]) as page:
+        assert page.locator(".workload").count() == 0

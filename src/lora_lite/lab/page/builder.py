@@ -1,7 +1,6 @@
 """From findings to `index.html` and the pictures beside it."""
 
 import re
-from collections import Counter
 from itertools import groupby
 from pathlib import Path
 
@@ -10,10 +9,11 @@ from markupsafe import Markup
 
 from lora_lite.adapter_file import write_atomically
 from lora_lite.lab.findings import Findings
-from lora_lite.lab.page.cells import VERDICTS
+from lora_lite.lab.numerals import short
+from lora_lite.lab.page import cells, sentences
 from lora_lite.lab.page.drawing import PALETTE
 from lora_lite.lab.page.plots import Plots, plot
-from lora_lite.lab.page.table import columns
+from lora_lite.lab.page.table import SHOWN, columns
 from lora_lite.lab.scoring import RIGHT
 
 HERE = Path(__file__).parent
@@ -45,40 +45,22 @@ def render(findings: Findings, plots: Plots) -> str:
     )
     environment.filters["arxiv"] = lambda text: text if ARXIV.fullmatch(text) else ""
     environment.filters["safe_svg"] = Markup
+    environment.filters["short"] = lambda value: short(value, 2)
     listed = columns(findings)
+    groups = [(name, len(list(group))) for name, group in groupby(listed, key=lambda column: column.group)]
     return environment.get_template("page.html.j2").render(
         findings=findings,
         plots=plots,
         columns=listed,
-        groups=[(name, len(list(group))) for name, group in groupby(listed, key=lambda column: column.group)],
-        verdicts=VERDICTS,
-        counts=counted(findings),
-        measured=measured(findings),
+        groups=groups,
+        group_of={name: f"g{index}" for index, (name, _) in enumerate(groups)},
+        shown=SHOWN,
+        gist=cells.gist,
+        verdicts=cells.VERDICTS,
+        say=sentences,
         right=RIGHT,
         repliers=list(dict.fromkeys(reply.arm for item in findings.examples for reply in item.replies)),
         palette=PALETTE,
         style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
         script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
-    )
-
-
-def counted(findings: Findings) -> str:
-    """How the arms compare with the baseline, in a sentence."""
-    verdicts = Counter(arm.verdict for arm in findings.arms)
-    others = len(findings.arms) - verdicts["baseline"]
-    if not others:
-        return ""
-    words = {"better": "better", "worse": "worse", "tie": "not separated from it", "": "not comparable yet"}
-    parts = [f"{verdicts[verdict]} {words[verdict]}" for verdict in words if verdicts[verdict]]
-    return f"Against {findings.baseline}, of {others} other arm{'s' * (others > 1)}: {', '.join(parts)}."
-
-
-def measured(findings: Findings) -> str:
-    """How much of the study is there, in a sentence."""
-    arms = findings.arms
-    done, wanted = sum(len(arm.seeds) for arm in arms), sum(arm.wanted_seeds for arm in arms)
-    with_accuracy = sum(arm.accuracy is not None for arm in arms)
-    return (
-        f"{with_accuracy} of {len(arms)} arm{'s' * (len(arms) > 1)} measured, {done} of {wanted} seeds at the chosen "
-        f"rates, on {findings.items:,} test items."
     )

@@ -2,18 +2,22 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 from lora_lite.lab.findings import Cost, Finding, Findings, Interval
-from lora_lite.lab.numerals import DASH, compact, loss, percent, points, rate, seconds, signed, span
+from lora_lite.lab.numerals import DASH, compact, loss, p_value, percent, points, rate, seconds, short, signed, span
 
 VERDICTS = {  # verdict -> what the table says
     "baseline": "◆ baseline",
     "better": "▲ better",
     "worse": "▼ worse",
     "tie": "● tie",
+    "": "needs two seeds",
 }
+EDGE = "at the grid's edge"  # of an arm whose chosen rate is the lowest or the highest that was tried
+ITEMS_ONLY = "items only"  # of an interval that says nothing of other seeds
+UNCOMPARED = "not comparable yet: fewer than two seeds in common with the baseline"
 WORST = 10_000  # more places than a study has arms
 
 
@@ -24,10 +28,11 @@ class Cell:
     Attributes:
         text: the value, or the dash.
         sort: what to sort by; None puts the arm last, whichever way.
-        note: a second, smaller line.
+        note: smaller lines beneath.
         title: what a pointer shows; for a dash, why there is nothing.
         mark: a class of the style sheet.
-        forest: for a difference, where its interval is drawn: low, mean and high, in percent of the cell's width.
+        forest: for a difference, where its interval is drawn: low, mean and high, in percent of the drawing's width.
+        p: for a difference, its p-value in words.
     """
 
     text: str = DASH
@@ -36,6 +41,7 @@ class Cell:
     title: str = ""
     mark: str = ""
     forest: tuple[float, float, float] | None = None
+    p: str = ""
 
 
 def missing(why: str, arm: Finding) -> Cell:
@@ -63,9 +69,14 @@ def interval(value: Interval | None, show: Callable[[float], str], arm: Finding,
 
 
 def accuracy(arm: Finding) -> Cell:
-    """Mean, interval, and each seed's own on pointing."""
+    """Mean, interval, and each seed's own on pointing. Of one seed, the interval says that it covers items only."""
     each = ", ".join(f"seed {seed}: {percent(value)}" for seed, value in sorted(arm.by_seed.items()))
-    return interval(arm.accuracy, percent, arm, "no accuracy measured yet", each)
+    return items_only(interval(arm.accuracy, percent, arm, "no accuracy measured yet", each), len(arm.seeds) == 1)
+
+
+def items_only(cell: Cell, so: bool) -> Cell:
+    """A cell whose interval is marked as covering items only, if it is so."""
+    return replace(cell, note=f"{cell.note}\n{ITEMS_ONLY}") if so and cell.note else cell
 
 
 def widest(findings: Findings) -> float:
@@ -84,18 +95,35 @@ def difference(arm: Finding, scale: float) -> Cell:
         return Cell("0", 0.0, title="the baseline itself")
     if arm.method == "base" and arm.against is None:
         return missing("the base is not an arm", arm)
-    found = interval(arm.against, points, arm, "not comparable with the baseline yet")
+    found = interval(arm.against, points, arm, UNCOMPARED)
     if arm.against is None or not found.note:
         return found
     low, mean, high = (50 + 50 * end / scale for end in (arm.against.low, arm.against.mean, arm.against.high))
-    return Cell(found.text, found.sort, found.note, found.title, arm.verdict, (low, mean, high))
+    p = f"{p_value(arm.p)} (Holm)" if arm.p is not None else ""
+    found = replace(found, mark=arm.verdict or "tie", forest=(low, mean, high), p=p)
+    return items_only(found, not arm.verdict)
 
 
 def verdict(arm: Finding) -> Cell:
-    """In a word."""
-    if arm.verdict not in VERDICTS:
-        return missing("the base is not an arm" if arm.method == "base" else "not comparable yet", arm)
-    return Cell(VERDICTS[arm.verdict], list(VERDICTS).index(arm.verdict), mark=f"verdict {arm.verdict}")
+    """In a word, and whether the rate was chosen at the grid's edge."""
+    if arm.method == "base" or (not arm.verdict and arm.accuracy is None):
+        return missing("the base is not an arm" if arm.method == "base" else "no accuracy measured yet", arm)
+    note = EDGE if arm.edge else ""
+    beyond = f"the {arm.edge} rate of the grid was chosen: a better one may lie beyond" if arm.edge else ""
+    title = "; ".join(filter(None, ["" if arm.verdict else UNCOMPARED, beyond]))
+    word = VERDICTS[arm.verdict]
+    return Cell(word, list(VERDICTS).index(arm.verdict), note, title, f"verdict {arm.verdict or 'open'}")
+
+
+def gist(arm: Finding) -> list[tuple[str, str]]:
+    """What stands below an arm's name where the table's other columns are out of sight: (class, words)."""
+    if arm.method == "base":
+        return []
+    standing = verdict(arm)
+    words = [(standing.mark, standing.text if standing.mark != "none" else "not measured yet")]
+    words += [("", f"place {place(arm).text}")] if arm.places is not None else []
+    words += [("flag", f"{seeds(arm).text} seeds")] if len(arm.seeds) < arm.wanted_seeds else []
+    return words + ([("flag", EDGE)] if arm.edge else [])
 
 
 def place(arm: Finding) -> Cell:
@@ -153,7 +181,7 @@ def attach(arm: Finding) -> Cell:
     if not parts:
         return missing(unmeasured(arm), arm)
     title = ", ".join(f"{part} {seconds(value)}" for part, value in parts.items())
-    note = " + ".join(f"{value:.2g}" for value in parts.values())
+    note = " + ".join(short(value, 2) for value in parts.values())
     return number(sum(parts.values()), seconds, arm, "", note, title)
 
 

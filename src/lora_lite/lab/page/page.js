@@ -47,6 +47,34 @@ find.addEventListener("input", filterArms);
 verdict.addEventListener("input", filterArms);
 filterArms();
 
+// Columns: groups are switched on and off; where the table still scrolls, it says so.
+const table = document.getElementById("arms");
+const box = table.parentElement;
+const groups = document.getElementById("group-controls");
+
+function showMore() {
+  const hidden = box.scrollWidth - box.clientWidth;
+  document.getElementById("scroll-hint").hidden = hidden <= 1;
+  document.getElementById("frame").classList.toggle("more", box.scrollLeft < hidden - 1);
+}
+
+function showGroups() {
+  for (const choice of groups.querySelectorAll("input")) table.classList.toggle(`no-${choice.value}`, !choice.checked);
+  const sorted = document.querySelector("#arms [aria-sort]");
+  if (sorted && !sorted.offsetParent) { // an order by what is out of sight would be a riddle
+    sorted.removeAttribute("aria-sort");
+    rows.append(...original);
+  }
+  showMore();
+}
+
+groups.hidden = false;
+groups.addEventListener("submit", (event) => event.preventDefault());
+groups.addEventListener("input", showGroups);
+box.addEventListener("scroll", showMore, { passive: true });
+window.addEventListener("resize", showMore);
+showGroups();
+
 // The examples: by arm, and by right or wrong.
 const controls = document.getElementById("example-controls");
 if (controls) {
