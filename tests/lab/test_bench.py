@@ -55,7 +55,8 @@ def test_a_study_is_measured_whole_and_its_findings_say_so(model: str, tmp_path:
     assert found.base is not None and set(found.base.forgetting) == {"general text", "chain_sum"}
     for arm in found.arms:
         assert arm.rate == min(arm.rates, key=lambda lr: arm.rates[lr] or 0.0)
-        assert arm.rate is not None and arm.edge == {0: "lowest", 1: "", 2: "highest"}[sorted(arm.rates).index(arm.rate)]
+        assert arm.rate is not None
+        assert arm.edge == {0: "lowest", 1: "", 2: "highest"}[sorted(arm.rates).index(arm.rate)]
         assert arm.cost is not None and arm.cost.trainable > 0 and set(arm.curves) == {1, 2}
         assert arm.forgetting["general text"].before == found.base.forgetting["general text"].before
     assert len(found.examples) == 6 and {reply.arm for reply in found.examples[0].replies} == {"base", "lora", "ia3"}

@@ -4,11 +4,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lora_lite.lab.findings import Finding
+from lora_lite.lab.numerals import percent
+
+MANY = 0.1  # share of replies cut off from which it is said
 
 
 def caveats(arms: Sequence[Finding], baseline: str, costs: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
     """A sentence for each weakness that shows in the findings. costs: the records of runs that measured costs."""
-    return tuple(filter(None, (seeds(arms), edges(arms, baseline), machines(costs))))
+    return tuple(filter(None, (seeds(arms), edges(arms, baseline), unfinished(arms), machines(costs))))
 
 
 def seeds(arms: Sequence[Finding]) -> str:
@@ -33,6 +36,18 @@ def edges(arms: Sequence[Finding], baseline: str) -> str:
         f"{len(at)} of {len(arms)} arms took the lowest or the highest learning rate that was tried ({which}), the "
         f"baseline {'' if baseline in at else 'not '}among them. Such an arm might do better beyond its grid, so a "
         "difference may be one of the grids rather than of the methods."
+    )
+
+
+def unfinished(arms: Sequence[Finding]) -> str:
+    """Whether many replies were cut off before they could give an answer."""
+    found = {arm.arm: arm.cut_off for arm in arms if arm.cut_off is not None and arm.cut_off > MANY}
+    if not found:
+        return ""
+    shares = ", ".join(f"{name} {percent(share, 0)}" for name, share in found.items())
+    return (
+        f"Replies that were cut off at the largest number of new tokens: {shares}. An answer that was to come later "
+        "counts as wrong; --max-new-tokens sets that number."
     )
 
 
