@@ -41,7 +41,7 @@ class Analysis:
             name: {seed: correct(record) for seed, record in records.items() if record["status"] == DONE}
             for name, records in self.seeds.items()
         }
-        self.places = estimates.places(self.scores)
+        self.places = {arm: place for arm, place in estimates.places(self.scores).items() if self.scores[arm]}
         self.verdicts = self._verdicts()
 
     def of(self, job: Job) -> Record | None:
