@@ -19,7 +19,8 @@ class AttachCost:
             (the rest).
         tokens: calibration tokens that reached a layer, at most.
         statistics_bytes: memory of the statistics.
-        peak_memory_mb: peak of the GPU's memory where the model is on one, else of the process, since it started.
+        peak_memory_mb: peak (10^6 bytes) of the GPU's memory where the model is on one, else of the process, since it
+            started.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
@@ -41,8 +42,8 @@ class AttachCost:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory so far: of the GPU where there is one, else of this process."""
+    """Peak memory so far, in 10^6 bytes: of the GPU where there is one, else of this process."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kilobytes / (2**20 if sys.platform == "darwin" else 2**10)
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6

@@ -151,7 +151,7 @@ def test_a_workload_without_work_is_an_error(field: str, value: int) -> None:
 
 @pytest.mark.skipif(not measure.CLEAR.exists(), reason="only Linux can start the peak of resident memory anew")
 def test_a_peak_is_that_of_the_step_and_not_of_what_came_before() -> None:
-    megabytes = 2**20 // 4
+    megabytes = 10**6 // 4  # values
     torch.ones(600 * megabytes)
     idle = step_peak(lambda: None, CPU)
     assert idle < step_peak(lambda: torch.ones(600 * megabytes), CPU) - 500

@@ -26,6 +26,7 @@ from lora_lite.errors import CheckpointError, LoraLiteError, TargetError
 from lora_lite.lab.macs import added_macs, base_macs
 from lora_lite.lab.measure import Workload, measure_arm
 from lora_lite.lab.models import model_config
+from lora_lite.lab.numerals import size
 from lora_lite.linear import bias, shape
 from lora_lite.rebuild import PROBES
 from lora_lite.targets import select
@@ -204,8 +205,8 @@ def cost_table(rows: Mapping[str, Row]) -> Table:
     """The rows as a table. Columns that no arm has a value for are left out; times are ratios to the frozen base's."""
     columns: dict[str, Any] = {
         "trained": lambda row: f"{row['trainable']:,}",
-        "file, MB": lambda row: f"{row['stored_bytes'] / 1e6:,.3g}",
-        "without basis": lambda row: _maybe(row.get("stored_bytes_without_basis"), lambda v: f"{v / 1e6:,.3g}"),
+        "file": lambda row: size(row["stored_bytes"]),
+        "without basis": lambda row: _maybe(row.get("stored_bytes_without_basis"), size),
         "MACs/token": lambda row: _macs(row["macs_token"], row.get("base_macs_token")),
         "MACs/pass": lambda row: f"{row['macs_step']:,}" if row["macs_step"] else "",
         "forward": lambda row: _maybe(row.get("forward"), _ratio),

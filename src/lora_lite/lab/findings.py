@@ -38,7 +38,7 @@ class Cost:
         forward, step: time as a ratio to the frozen base's in the same process (median and quartiles of the rounds): of
             a forward pass, and of a forward and backward pass.
         tokens_per_second: of training.
-        peak_memory_mb: of a training step in a fresh process (of the GPU where there is one).
+        peak_memory_mb: in 10^6 bytes, of a training step in a fresh process (of the GPU where there is one).
         base_peak_memory_mb: the same of the frozen base's forward and backward pass.
         attach_seconds: "calibration", "factorisation", "build".
         load_seconds: loading the adapter's file onto a base.

@@ -256,7 +256,7 @@ def main(argument: str) -> None:
 
 
 def step_peak(step: Callable[[], Any], device: torch.device) -> float:
-    """Peak memory (MB) during a step: of the GPU, else resident memory of this process."""
+    """Peak memory (10^6 bytes) during a step: of the GPU, else resident memory of this process."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -269,7 +269,7 @@ def step_peak(step: Callable[[], Any], device: torch.device) -> float:
     if device.type != "cuda" and STATUS.exists():
         found = re.search(r"^VmHWM:\s+(\d+) kB", STATUS.read_text(), re.MULTILINE)
         if found is not None:
-            return int(found[1]) / 2**10
+            return int(found[1]) * 1024 / 1e6
     return peak_memory_mb(device)
 
 
