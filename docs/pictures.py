@@ -19,7 +19,7 @@ from lora_lite.lab.catalogue import load_task
 from lora_lite.lab.data import collate, encode
 from lora_lite.lab.models import load_model
 from lora_lite.lab.presets import PRESETS
-from lora_lite.lab.run import device_name
+from lora_lite.lab.provenance import device_name
 from lora_lite.linear import dense
 
 ROOT = Path(__file__).parent.parent

@@ -14,7 +14,7 @@ import torch
 
 import lora_lite as ll
 from lora_lite.lab.models import EMBEDDED, load_model
-from lora_lite.lab.run import device_name
+from lora_lite.lab.provenance import device_name
 
 COEFFICIENTS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 CONFIG = ll.SSpaceConfig(r=None, layers=tuple(range(12, 18)))

@@ -101,7 +101,7 @@ def test_study_lists_what_there_is_and_takes_the_flags_of_bench(
     listed = capsys.readouterr().out
     assert all(name in listed for name in study_names())
     flags = ["--smoke", "--model", str(folder / "model"), "--out", str(folder / "out"), *SMALL, "--no-page"]
-    assert cli.main(["study", "rotation_axis", *flags]) == 0
+    assert cli.main(["study", "rotation_axis", *flags, "--layers", "0", "1"]) == 0
     assert last_line(capsys)["accuracy"].keys() == {
         f"antipasto_rot[rotate_basis={basis}]" for basis in ("none", "V", "U", "both")
     }
