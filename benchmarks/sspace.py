@@ -8,7 +8,7 @@ the wanted bound. With --strict the exit code is 1 where a bound is missed.
 
 import argparse
 import copy
-import importlib
+import importlib.util
 import sys
 import types
 from collections.abc import Callable
