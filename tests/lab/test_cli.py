@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from lab_helpers import make_llama, make_tokenizer, write_rows
+from lab_helpers import make_llama, save_tiny, write_rows
 
 import lora_lite as ll
 from lora_lite import cli
@@ -17,8 +17,7 @@ SMALL = ["--task", "gcd", "--train-examples", "16", "--test-examples", "4", "--r
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A local model folder."""
-    make_llama().save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
+    save_tiny(tmp_path / "model")
     return tmp_path
 
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from lab_helpers import make_llama, make_tokenizer
+from lab_helpers import save_tiny
 
 from lora_lite import cli
 from lora_lite.lab.study import study_names
@@ -18,8 +18,7 @@ SMALL = [
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A local model folder."""
-    make_llama().save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
+    save_tiny(tmp_path / "model")
     return tmp_path
 
 

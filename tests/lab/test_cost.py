@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from lab_helpers import make_llama, make_tokenizer
+from lab_helpers import make_llama, save_tiny
 from rich.console import Console
 from transformers import LlamaConfig
 
@@ -32,8 +32,7 @@ def tensor_bytes(path: Path) -> int:
 @pytest.fixture
 def folder(tmp_path: Path) -> str:
     """A tiny model with its tokenizer, as `load_model` reads it."""
-    make_llama().save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
+    save_tiny(tmp_path / "model")
     return str(tmp_path / "model")
 
 

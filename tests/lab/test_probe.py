@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from lab_helpers import make_llama, make_tokenizer
+from lab_helpers import make_llama, save_tiny
 from rich.console import Console
 from test_train import make_items
 from torch import Tensor, nn
@@ -223,8 +223,7 @@ def test_sizes_that_are_zero_or_not_finite_are_named() -> None:
 
 
 def test_by_name_with_the_examples_of_a_task(tmp_path: Path) -> None:
-    make_llama().save_pretrained(tmp_path)
-    make_tokenizer().save_pretrained(tmp_path)
+    save_tiny(tmp_path)
     config = RunConfig(model=str(tmp_path), task="gcd", dtype="float32", device="cpu", max_length=400)
     report = probe(config, ll.EVAConfig(r=2), TrainConfig())
     assert report.ok and all(check.ok for check in report.checks), text(report)

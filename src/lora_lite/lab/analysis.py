@@ -1,5 +1,6 @@
 """From a ledger to findings: what a study found so far, and what it lacks."""
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ class Analysis:
     def __init__(self, folder: Path) -> None:
         self.study, self.plan = read_plan(folder)
         self.ledger = Ledger(folder)
+        self.read = functools.cache(self.ledger.read)  # each file once, whatever other processes add meanwhile
         self.arms = self.study.arms()
         self.rates = chosen_rates(self.study, self.plan, self.ledger)
         self.base = self.of(Job("base"))
@@ -46,7 +48,7 @@ class Analysis:
 
     def of(self, job: Job) -> Record | None:
         """The record of a job, if it is done."""
-        return self.ledger.read(run_id(job_config(self.study, job, self.plan)))
+        return self.read(run_id(job_config(self.study, job, self.plan)))
 
     def _seeds(self, arm: Arm) -> dict[int, Record]:
         if (rate := self.rates.get(arm.name)) is None:
@@ -57,23 +59,20 @@ class Analysis:
     def _verdicts(self) -> dict[str, tuple[Interval, str, float | None]]:
         """Arm -> its paired difference to the baseline, what may be said of it, and the adjusted p-value."""
         reference = self.scores[self.study.reference]
-        rivals = {name: table for name, table in self.scores.items() if name != self.study.reference}
-        others = {
-            name: estimates.shared(table, reference)
-            for name, table in rivals.items()
-            if estimates.comparable(table, reference)
+        rivals = {
+            name: table
+            for name, table in self.scores.items()
+            if name != self.study.reference and table.keys() & reference.keys()
         }
-        adjusted = estimates.holm({name: estimates.of_items(table).p for name, table in others.items()})
-        found: dict[str, tuple[Interval, str, float | None]] = {}
-        for name, table in others.items():
-            interval = estimates.paired(table)
-            real = adjusted[name] < 1 - estimates.LEVEL and interval.excludes(0.0)
-            word = ("better" if interval.mean > 0 else "worse") if real else "tie"
-            found[name] = (interval, word, adjusted[name])
-        for name in rivals.keys() - others.keys():
-            if rivals[name].keys() & reference.keys():
-                found[name] = (estimates.paired(estimates.shared(rivals[name], reference)), "", None)
-        return found
+        differences = {name: estimates.shared(table, reference) for name, table in rivals.items()}
+        adjusted = estimates.holm(
+            {
+                name: estimates.of_items(differences[name]).p
+                for name, table in rivals.items()
+                if estimates.comparable(table, reference)
+            }
+        )
+        return {name: decided(estimates.paired(table), adjusted.get(name)) for name, table in differences.items()}
 
     def findings(self) -> Findings:
         """All of it."""
@@ -198,6 +197,14 @@ class Analysis:
 def correct(record: Record) -> np.ndarray:
     """0/1 for each item (I,)."""
     return (np.asarray(record["scores"], dtype=float) >= RIGHT).astype(float)
+
+
+def decided(difference: Interval, p: float | None) -> tuple[Interval, str, float | None]:
+    """A difference with what may be said of it: better, worse, a tie, or nothing ("") where there is no p-value."""
+    if p is None:
+        return difference, "", p
+    real = p < 1 - estimates.LEVEL and difference.excludes(0.0)
+    return difference, ("better" if difference.mean > 0 else "worse") if real else "tie", p
 
 
 def point(value: float) -> Interval:

@@ -22,8 +22,6 @@ from lora_lite.lab.train import Progress, last_checkpoint, train
 from lora_lite.lab.workbench import Workbench, job_config, open_workbench, plan_of
 
 POLL_SECONDS = 2.0
-# What all runs of a folder have in common.
-FIXED = ("model", "quantization", "task", "target_names", "target_roles", "layers", "max_length")
 # What a method, a setting or the data can cause. A full disk, say, is no result of a run: it stops the study.
 FAILURES = (ll.LoraLiteError, RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError)
 
@@ -62,23 +60,26 @@ def run_study(
     return ledger
 
 
-def require_same_study(folder: Path, study: Study, plan: Mapping[str, Any]) -> None:
+def require_same_study(folder: Path, study: Study, plan: dict[str, Any]) -> None:
     """Raise `StudyError` if a folder's results are of another model, task, data or training: none could be used.
 
     A study may grow: more arms, seeds, rates and test items find what is there. Names, notes and costs do not matter.
     """
     if not (folder / "study.json").exists():
         return
-    before, old = read_plan(folder)
-    found = {name: (getattr(before, name), getattr(study, name)) for name in FIXED}
-    trainings = dataclasses.asdict(before.training), dataclasses.asdict(study.training)
-    found |= {name: (was, trainings[1][name]) for name, was in trainings[0].items() if name != "save_every"}
-    found |= {name: (old[name], plan[name]) for name in ("dtype", "device")}
-    found |= {f"data: {part}": (old["prints"][part], plan["prints"][part]) for part in ("base", "train", "validation")}
-    if other := [f"{name}: {was!r} there, {now!r} now" for name, (was, now) in found.items() if was != now]:
+    before, now = shared_config(*read_plan(folder)), shared_config(study, plan)
+    if other := [f"{name}: {was!r} there, {now[name]!r} now" for name, was in before.items() if was != now[name]]:
         raise StudyError(
             f"{folder} holds the results of another study ({'; '.join(other)}): give another --out, or remove it"
         )
+
+
+def shared_config(study: Study, plan: dict[str, Any]) -> dict[str, Any]:
+    """What the configurations of a study's training runs have in common: those of LoRA's, by name."""
+    plain = dataclasses.replace(study, methods=("lora",), baseline="")
+    config = job_config(plain, Job("tune", plain.arms()[0]), plan)
+    prints, training, (method,) = (config.pop(key) for key in ("prints", "training", "methods"))
+    return {**method, **training, **config, **{f"data: {part}": digest for part, digest in prints.items()}}
 
 
 def read_plan(folder: Path) -> tuple[Study, dict[str, Any]]:

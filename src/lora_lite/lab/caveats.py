@@ -5,6 +5,7 @@ from typing import Any
 
 from lora_lite.lab.findings import Finding
 from lora_lite.lab.numerals import percent
+from lora_lite.lab.provenance import where
 
 MANY = 0.1  # share of replies cut off from which it is said
 
@@ -53,11 +54,10 @@ def unfinished(arms: Sequence[Finding]) -> str:
 
 def machines(costs: Iterable[Mapping[str, Any]]) -> str:
     """Whether times were measured under unequal conditions."""
-    found = [record["provenance"] for record in costs]
-    where = dict.fromkeys(f"{each['device']} ({each['threads']} threads)" for each in found)
-    if len(where) < 2:
+    places = dict.fromkeys(where(record["provenance"]) for record in costs)
+    if len(places) < 2:
         return ""
     return (
-        f"Costs were measured on different machines or settings ({'; '.join(where)}): seconds, tokens a second, memory "
-        "and ratios of times are not comparable between arms."
+        f"Costs were measured on different machines or settings ({'; '.join(places)}): seconds, tokens a second, "
+        "memory and ratios of times are not comparable between arms."
     )

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_lite.lab.measure import Workload
+from lora_lite.lab.provenance import where
 from lora_lite.lab.study import Study
 
 
@@ -14,7 +15,7 @@ def machines(records: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
         found = record["provenance"]
         versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
         commit = (found["commit"] or "not a checkout")[:12] + ("+changes" if "+" in (found["commit"] or "") else "")
-        line = f"{found['device']} ({found['threads']} threads), {found['system']}; {versions}; commit {commit}"
+        line = f"{where(found)}, {found['system']}; {versions}; commit {commit}"
         lines[line] = lines.get(line, 0) + 1
     return tuple(f"{count} runs: {line}" for line, count in lines.items())
 

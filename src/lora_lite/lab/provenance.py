@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,11 @@ def provenance(device: torch.device) -> dict[str, Any]:
     }
 
 
+def where(found: Mapping[str, Any]) -> str:
+    """The machine of a provenance, in words."""
+    return f"{found['device']} ({found['threads']} threads)"
+
+
 @torch.no_grad()
 def base_print(model: nn.Module) -> str:
     """A fingerprint of the bits of every weight and buffer of a model without adapters: 16 hex digits.
@@ -91,8 +97,8 @@ def tensor_print(tensor: Tensor) -> str:
 
 
 def stored_bytes(tensor: Tensor) -> list[Tensor]:
-    """The bytes behind a tensor, flat copies of uint8: several where a quantised tensor is made of parts."""
+    """The bytes behind a tensor, flat and as uint8: several where a quantised tensor is made of parts."""
     flatten = getattr(tensor, "__tensor_flatten__", None)
     if flatten is not None:
         return [flat for name in flatten()[0] for flat in stored_bytes(getattr(tensor, name))]
-    return [tensor.detach().clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8)]
+    return [tensor.detach().contiguous().flatten().view(torch.uint8)]
