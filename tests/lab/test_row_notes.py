@@ -70,3 +70,13 @@ def test_what_a_pattern_holds_is_looked_for_in_replies(tmp_path: Path) -> None:
     [example] = task.examples("test", 1)
     assert judge(task, example, example.answer.removeprefix("City ")) == (0.0, True)
     assert judge(task, example, f"Town {example.answer}1") == (0.0, False)
+
+
+def test_a_file_gives_the_same_examples_in_the_same_order_wherever_it_lies(tmp_path: Path) -> None:
+    orders = []
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+        write_rows(tmp_path / folder / "mine.jsonl", [{"question": f"{i}?", "answer": f"{i}"} for i in range(100)])
+        task = load_task(str(tmp_path / folder / "mine.jsonl"))
+        orders.append([example.prompt for split in tasks.SPLITS for example in task.distinct(split, seed=3)])
+    assert orders[0] == orders[1] and len(orders[0]) == 100

@@ -17,6 +17,7 @@ import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
 
 from lora_lite.errors import LoraLiteError
@@ -232,12 +233,13 @@ EXACT = by_reference(exact)
 def from_splits(name: str, parts: Mapping[str, Sequence[Example]], verify: Verifier = EXACT, **options: Any) -> Task:
     """A task from finite lists, one a split, that share no content; each is shuffled by the seed.
 
+    name: of the task, or a path; its last part goes into the shuffling, so that a file has one order wherever it lies.
     options: further fields of Task.
     """
 
     def source(split: str, seed: int) -> Iterator[Example | None]:
         order = list(parts.get(split, ()))
-        random.Random(derive_seed(name, split, seed)).shuffle(order)
+        random.Random(derive_seed(PurePath(name).name, split, seed)).shuffle(order)
         return iter(order)
 
     return Task(name, source, verify, **options)
