@@ -2,6 +2,7 @@
 
 import os
 import resource
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,20 +95,32 @@ def test_a_folder_is_no_file(tmp_path: Path) -> None:
         ll.save(model, tmp_path / "plain" / "adapter.safetensors")
 
 
-def test_only_our_own_stale_files_are_cleaned_up(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["fifo", "device", "link to a device", "socket"])
+def test_a_device_or_pipe_is_not_replaced(kind: str, tmp_path: Path) -> None:
     model = tiny_llama()
     attached(model, "lora")
-    gone = 4_194_305  # beyond the largest process id of Linux
-    stale = tmp_path / f".a.safetensors.{gone}.0123abcd.tmp"
-    others = [
-        f".a.safetensors.{os.getpid()}.0123abcd.tmp",  # a save that is under way
-        f".b.safetensors.{gone}.0123abcd.tmp",  # another file's
-        ".a.safetensors.backup.tmp",
-        ".a.safetensors.tmp",
-        f".a.safetensors.{'9' * 30}.0123abcd.tmp",
-        "a.safetensors.tmp",
-    ]
-    for name in [stale.name, *others]:
-        (tmp_path / name).touch()
-    ll.save(model, tmp_path / "a.safetensors")
-    assert {found.name for found in tmp_path.iterdir()} == {"a.safetensors", *others}
+    path = tmp_path / "place"
+    with socket.socket(socket.AF_UNIX) as server:
+        if kind == "fifo":
+            os.mkfifo(path)
+        elif kind == "socket":
+            server.bind(str(path))
+        elif kind == "device":
+            path = Path("/dev/null")
+        else:
+            path.symlink_to("/dev/null")
+        before = os.lstat(path)
+        with pytest.raises(ll.CheckpointError, match=r"is a (device|pipe|socket), which a file cannot replace"):
+            ll.save(model, path)
+        after = os.lstat(path)
+    assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode) and list(tmp_path.iterdir()) in ([path], [])
+
+
+def test_a_home_folder_is_meant_by_its_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    model = tiny_llama()
+    attached(model, "lora")
+    assert ll.save(model, "~/x/a.safetensors") == tmp_path / "home" / "x" / "a.safetensors"
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    assert ll.load(tiny_llama(), "~/x/a.safetensors").targets

@@ -1,10 +1,7 @@
-"""The file itself: safetensors with JSON metadata, written atomically, and checked whole before a model is touched."""
+"""The file itself: safetensors with JSON metadata, checked whole before a model is touched."""
 
 import hashlib
 import json
-import os
-import re
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,36 +140,3 @@ def checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{key}:{value.dtype}:{tuple(value.shape)}".encode())
         digest.update(value.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def write_atomically(where: Path, data: bytes) -> None:
-    """Replace the file `where` by `data`: at any moment it holds the old content or the new, even after a crash."""
-    where.parent.mkdir(parents=True, exist_ok=True)
-    ours = re.compile(rf"\.{re.escape(where.name)}\.(\d{{1,9}})\.[0-9a-f]{{8}}\.tmp")
-    for stale in where.parent.iterdir():
-        if (found := ours.fullmatch(stale.name)) and not _alive(int(found[1])):
-            stale.unlink(missing_ok=True)
-    temporary = where.parent / f".{where.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
-    try:
-        with open(temporary, "xb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, where)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(where.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

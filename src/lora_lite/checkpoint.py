@@ -22,11 +22,11 @@ from lora_lite.adapter_file import (
     checksum,
     empty_adapter,
     read,
-    write_atomically,
 )
+from lora_lite.atomic import expanded, file_status, write_atomically
 from lora_lite.attach import check_layer, commit, find_train_also, refuse_unready, taken_parameters
 from lora_lite.attachment import Attachment, attachment
-from lora_lite.errors import BaseMismatchError, CheckpointError, StateError, TargetError
+from lora_lite.errors import BaseMismatchError, CheckpointError, NotAFileError, StateError, TargetError
 from lora_lite.linear import dense, execution_device, is_linear, shape
 from lora_lite.state import adapters_of, find_root, refuse_merged, root_of, trained_also
 from lora_lite.stats import generator
@@ -39,11 +39,11 @@ SKETCH_COSINE = 0.8
 def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default", basis: bool = True) -> Path:
     """Write an adapter to one file: tensors (trained and frozen), `train_also` weights, configs, a sketch of the base.
 
-    The file appears whole or not at all; an existing one is replaced. Missing folders are made.
+    The file appears whole or not at all; an existing one is replaced and keeps its mode. Missing folders are made.
 
     Args:
         model: the model.
-        path: the file, by custom `....safetensors`.
+        path: the file, by custom `....safetensors`; "~" is the home folder, and a link's target is what is replaced.
         name: the adapter.
         basis: False leaves out frozen bases that are singular directions of the base's weights (svd, wanda; most of
             the file). `load` then rebuilds and verifies them, and refuses where it finds others: in another base,
@@ -52,14 +52,18 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
         The path.
     Raises:
         StateError: no such adapter, a target that was replaced since attach, or merged.
-        CheckpointError: a tensor that is not finite, a path that is a folder, or `basis=False` for a basis that the
-            weights do not tell.
+        CheckpointError: a tensor that is not finite, a path that is a folder, a device or a pipe, or `basis=False` for
+            a basis that the weights do not tell.
     """
     root, state = root_of(model, name)
     refuse_merged(state, "save")
-    where = Path(os.path.realpath(path))  # a link stays, and what it points to is replaced
+    where = expanded(path)
     if where.is_dir():
         raise CheckpointError(f"{where} is a folder; give a file, e.g. {where / 'adapter.safetensors'}")
+    try:
+        file_status(where)
+    except NotAFileError as error:
+        raise CheckpointError(f"save: {error}") from error
     attached, adapters = state.adapters[name], adapters_of(root, name)
     tensors: dict[str, Tensor] = {}
     targets: dict[str, Any] = {}
@@ -87,7 +91,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
     header["checksum"] = checksum(header, tensors)
     # One metadata key: safetensors does not keep the order of several, and equal adapters should give equal files.
     write_atomically(where, to_bytes(tensors, {METADATA_KEY: json.dumps(header)}))
-    return Path(path)
+    return where
 
 
 def _stored(adapter: Adapter, layer: nn.Module, path: str, basis: bool) -> dict[str, Tensor]:
@@ -135,7 +139,7 @@ def load(
     else:
         refuse_unready(model, name)
     root = live[0] if live is not None else model
-    file = read(Path(path))
+    file = read(expanded(path))
     if not file.targets:
         raise file.error("has no targets")
     modules, owned = dict(root.named_modules()), taken_parameters(root)

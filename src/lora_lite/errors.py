@@ -25,6 +25,10 @@ class CheckpointError(LoraLiteError, ValueError):
     """An adapter file that is damaged, incomplete, or does not fit this model."""
 
 
+class NotAFileError(LoraLiteError, OSError):
+    """A place to write to where something else than a file is: a folder, a device, a pipe, a socket."""
+
+
 class BaseMismatchError(CheckpointError):
     """An adapter file that was trained on another base model."""
 

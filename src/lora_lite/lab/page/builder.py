@@ -7,7 +7,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from lora_lite.adapter_file import write_atomically
+from lora_lite.atomic import expanded, write_atomically
 from lora_lite.lab.findings import Findings
 from lora_lite.lab.numerals import short
 from lora_lite.lab.page import cells, sentences
@@ -26,7 +26,7 @@ def write_page(findings: Findings, folder: Path) -> list[Path]:
     Everything is made before anything is written, and each file is replaced atomically, the page last.
     Returns the files, the page first. Raises NotADirectoryError if `folder` is a file.
     """
-    folder = Path(folder)
+    folder = expanded(folder)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file, and a page is several: give a folder, existing or new")
     plots = plot(findings)
