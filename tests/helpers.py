@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import lora_lite as ll
 from lora_lite.adapter import Adapter
+from lora_lite.packing import is_packed, unpacked
 
 METHODS = list(ll.variants())
 
@@ -76,13 +77,22 @@ def perturb(adapters: Iterable[Adapter], size: float = 0.05, seed: int = 2) -> N
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer, by name; a quantised tensor by the plain ones that it is made of."""
+    """Every parameter and buffer, by name; a quantised tensor by the plain ones that it is made of.
+
+    A 4-bit weight as it is before bitsandbytes packs it, which happens on some processors and is no change of it.
+    """
     found: dict[str, Tensor] = {}
     for key, value in [*model.named_parameters(), *model.named_buffers()]:
         if hasattr(value, "__tensor_flatten__"):
             found |= {f"{key}.{part}": getattr(value, part) for part in value.__tensor_flatten__()[0]}
         else:
             found[key] = value
+    for path, layer in model.named_modules():
+        if is_packed(layer):
+            found[f"{path}.weight"], state = unpacked(layer)
+            found[f"{path}.weight.absmax"] = state.absmax
+        elif (state := getattr(layer, "quant_state", None)) is not None:
+            found[f"{path}.weight.absmax"] = state.absmax
     return found
 
 

@@ -1,4 +1,8 @@
-"""Quantised layers of bitsandbytes and torchao on the CPU: attach, train, save, load, merge, unmerge."""
+"""Quantised layers of bitsandbytes and torchao on the CPU: attach, train, save, load, merge, unmerge.
+
+On a CPU with AVX-512 bf16 bitsandbytes packs 4-bit weights in the first eval forward. "Linear4bit-packed" has them
+packed by the same function on every CPU; its sizes are those that the packed kernel takes.
+"""
 
 import copy
 from collections.abc import Callable
@@ -8,26 +12,35 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
+from bitsandbytes.functional import _convert_weight_packed_for_cpu, dequantize_4bit
 from torch import Tensor, nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import lora_lite as ll
 from helpers import METHODS, attached, bits, calibration, relative, same_bits, tiny, train
 from lora_lite.linear import dense
+from lora_lite.packing import forbid_packing
 
-I, H, O = 64, 48, 32
+I, H, O = 128, 256, 64
 
 
-def four_bit(plain: nn.Linear) -> nn.Module:
+def four_bit(plain: nn.Linear, **options: Any) -> Any:
     quantized = bitsandbytes.nn.Linear4bit(
         plain.in_features,
         plain.out_features,
         plain.bias is not None,
-        compute_dtype=plain.weight.dtype,
-        quant_type="nf4",
+        **{"compute_dtype": plain.weight.dtype, "quant_type": "nf4", **options},
     )
     quantized.load_state_dict(plain.state_dict())
     return quantized.to("cpu")  # this is what quantises
+
+
+def packed(plain: nn.Linear, **options: Any) -> Any:
+    """As it is on a CPU with AVX-512 bf16 after its first eval forward."""
+    layer = four_bit(plain, **options)
+    layer.weight.data, _ = _convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
+    layer.support_avx512bf16_for_cpu = True
+    return layer
 
 
 def eight_bit(plain: nn.Linear) -> nn.Module:
@@ -45,7 +58,7 @@ def int8_weights(plain: nn.Linear) -> nn.Module:
 
 
 KINDS: dict[str, Callable[[nn.Linear], nn.Module]] = {
-    "Linear4bit": four_bit, "Linear8bitLt": eight_bit, "torchao-int8": int8_weights,
+    "Linear4bit": four_bit, "Linear4bit-packed": packed, "Linear8bitLt": eight_bit, "torchao-int8": int8_weights,
 }  # fmt: skip
 ROUNDS_INPUTS = {"Linear8bitLt"}  # LLM.int8 rounds each row of activations to 8 bits as well
 
@@ -68,9 +81,17 @@ class Net(nn.Module):
 def net(kind: str, dtype: torch.dtype = torch.float32) -> Net:
     """In eval mode, after one forward: bitsandbytes rearranges its tensors in the first."""
     model = Net(kind, dtype).eval()
-    with torch.no_grad():
-        model(inputs(dtype))
+    if kind != "Linear4bit-packed":  # whose kernel not every CPU has
+        with torch.no_grad():
+            model(inputs(dtype))
     return model
+
+
+def bare(model: Any) -> Any:
+    """A copy of the base that computes from unpacked weights, as it does while adapters are attached."""
+    base = copy.deepcopy(model)
+    forbid_packing(base)
+    return base
 
 
 def inputs(dtype: torch.dtype = torch.float32, rows: int = 20) -> Tensor:
@@ -88,7 +109,7 @@ QUANTIZED: dict[str, Any] = {"target_names": ("first", "second")}
 @pytest.mark.parametrize("kind", KINDS)
 def test_dense_is_the_librarys_own_weight(kind: str) -> None:
     """What the layer itself makes of the identity, less its bias."""
-    model = net(kind)
+    model = bare(net(kind))
     # bitsandbytes multiplies int8 products by 6.200124e-05, which is 1/127^2 to 1.8e-5 only.
     tolerance = 2e-5 if kind == "Linear8bitLt" else 1e-6
     for layer, i in ((model.first, I), (model.second, H)):
@@ -110,7 +131,7 @@ def test_dense_of_8_bits_is_the_librarys_dequantisation() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_attach_changes_nothing(method: str, kind: str, dtype: torch.dtype) -> None:
     model, x = net(kind, dtype), inputs(dtype)
-    before, y = bits(model), output(model, x)
+    before, y = bits(model), output(bare(model), x)
     cfg = tiny(method, **QUANTIZED)
     cls = ll.variants()[method]
     att = ll.attach(model, cfg, calibration(cfg, [x]))
@@ -123,7 +144,7 @@ def test_attach_changes_nothing(method: str, kind: str, dtype: torch.dtype) -> N
     assert len(att.targets) == 2
     assert same_bits(before, model)
     ll.detach(model)
-    assert torch.equal(output(model, x), y)
+    assert torch.equal(output(bare(model), x), y)
     assert same_bits(before, model)
 
 
@@ -131,7 +152,7 @@ def test_attach_changes_nothing(method: str, kind: str, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("method", METHODS)
 def test_trains_saves_and_loads(method: str, kind: str, tmp_path: Path) -> None:
     model, x = net(kind), inputs()
-    before, y = bits(model), output(model, x)
+    before, y = bits(model), output(bare(model), x)
     cfg = tiny(method, **QUANTIZED)
     att = ll.attach(model, cfg, calibration(cfg, [x]))
     start = [p.detach().clone() for adapter in att.targets.values() for p in adapter.parameters()]
@@ -214,3 +235,91 @@ def test_a_weight_that_is_not_quantised_yet_is_refused() -> None:
     with pytest.raises(ll.TargetError, match="not quantised yet; move the model to its device"):
         ll.attach(model, tiny("dora"))
     assert not hasattr(layer, "lora")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quant_type": "nf4"}, {"quant_type": "fp4"}, {"compress_statistics": False},
+        {"quant_storage": torch.bfloat16}, {"quant_storage": torch.float32, "compress_statistics": False},
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_packing_does_not_change_what_is_read(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """But for its scales, which packing rounds to bf16."""
+    torch.manual_seed(0)
+    plain = nn.Linear(I, H, dtype=dtype)
+    layer = four_bit(plain, **options)
+    exact = dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+    assert torch.equal(dense(layer), exact)
+    scales = exact.reshape(-1, 64).abs().amax(1, keepdim=True)
+    layer = packed(plain, **options)
+    rounded = exact.reshape(-1, 64) / scales * scales.bfloat16().float()
+    assert relative(dense(layer), rounded.reshape(exact.shape)) <= torch.finfo(dtype).eps
+    assert layer.weight.quant_state.packing_format_for_cpu  # reading unpacks nothing
+    seen = dense(layer)
+    forbid_packing(layer)
+    assert torch.equal(dense(layer), seen)
+    x = inputs(dtype)
+    assert relative(output(layer, x), x @ seen.to(dtype).T + layer.bias) <= torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("target", ["first", "second"])
+def test_packing_does_not_cut_gradients(target: str, training: bool) -> None:
+    """In the README's order: attach, check (which ends in eval mode), train; through layers that are no targets too."""
+    model, x = net("Linear4bit-packed"), inputs()
+    exact = nn.Sequential(*[nn.Linear(i, o, b) for i, o, b in ((I, H, True), (H, O, False), (O, 8, True))])
+    with torch.no_grad():
+        for path, plain in zip(("first", "second", "head"), exact, strict=True):
+            plain.weight.copy_(dense(model.get_submodule(path)))
+            if plain.bias is not None:
+                plain.bias.copy_(model.get_submodule(path).bias)
+    att = attached(model, "lora", target_names=(target,))
+    ll.check(model, [x])
+    output(model, x)
+    model.train(training)
+    model(x).square().mean().backward()
+    A, B = (p.detach().clone().requires_grad_() for p in (att.targets[target].A, att.targets[target].B))
+    scaling = att.targets[target].cfg.scaling
+    h = exact[0](x) + (scaling * x @ A.T @ B.T if target == "first" else 0)
+    y = exact[1](h.tanh()) + (scaling * h.tanh() @ A.T @ B.T if target == "second" else 0)
+    exact[2](y.relu()).square().mean().backward()
+    for found, wanted in ((att.targets[target].A, A), (att.targets[target].B, B)):
+        assert relative(found.grad, wanted.grad) <= 1e-5
+
+
+def test_packing_is_allowed_again_once_nothing_is_attached(tmp_path: Path) -> None:
+    model = net("Linear4bit-packed")
+
+    def allowed() -> set[bool]:
+        return {model.first.support_avx512bf16_for_cpu, model.second.support_avx512bf16_for_cpu}
+
+    with pytest.raises(ll.CalibrationError):
+        ll.attach(model, tiny("eva", **QUANTIZED), [])
+    assert allowed() == {True}
+    ll.attach(model, tiny("lora", **QUANTIZED))
+    path = ll.save(model, tmp_path / "adapter.safetensors")
+    ll.attach(model, tiny("ia3", target_names=("first",)), name="other")
+    ll.detach(model, "default")
+    assert allowed() == {False}
+    ll.detach(model)
+    assert allowed() == {True}
+    ll.load(model, path)
+    assert allowed() == {False}
+    ll.detach(model)
+    assert allowed() == {True}
+    model.first.support_avx512bf16_for_cpu = model.second.support_avx512bf16_for_cpu = False
+    ll.attach(model, tiny("lora", **QUANTIZED))
+    ll.detach(model)
+    assert allowed() == {False}
+
+
+def test_a_layer_that_lost_the_class_of_its_weight_is_read_as_4_bits() -> None:
+    """As sharding does with a float storage; bitsandbytes itself recovers it from the layer in the next forward."""
+    torch.manual_seed(0)
+    layer = four_bit(nn.Linear(I, H), quant_storage=torch.float32)
+    W = dense(layer)
+    layer.weight = nn.Parameter(layer.weight.data.clone(), requires_grad=False)
+    assert torch.equal(dense(layer), W)

@@ -17,6 +17,7 @@ from lora_lite.cost import AttachCost, peak_memory_mb
 from lora_lite.errors import CalibrationError, LoraLiteWarning, StateError, TargetError
 from lora_lite.hooks import hook_layer, hook_root
 from lora_lite.linear import execution_device, is_sharded, shape
+from lora_lite.packing import allow_packing, forbid_packing, packing_forbidden
 from lora_lite.state import ROOT, Attached, Dial, State, find_root, refuse_merged, root_of, trained_also
 from lora_lite.stats import Statistics, generator
 from lora_lite.targets import near_misses, select, uncovered
@@ -57,7 +58,7 @@ def attach(
     layers = {path: layer for path, (layer, _) in targets.items()}
     needs = {path: variant_of(configs[index]).needs(configs[index]) for path, (_, index) in targets.items()}
     cost = AttachCost()
-    with cost("calibration"):
+    with cost("calibration"), packing_forbidden(model):
         needy = {path: layers[path] for path, need in needs.items() if need}
         stats, (cost.tokens, cost.statistics_bytes) = calibrate(model, needy, needs, calibration_data)
     with cost("factorisation"):
@@ -229,6 +230,7 @@ def commit(
     state: State = model.__dict__.setdefault(ROOT, State())
     if not state.adapters:
         state.requires_grad = {key: p.requires_grad for key, p in model.named_parameters()}
+        state.packing = forbid_packing(model)
     # By identity, for a tied parameter has several names.
     trained = {id(model.get_parameter(key)) for attached in state.adapters.values() for key in attached.originals}
     for key, parameter in model.named_parameters():
@@ -283,8 +285,9 @@ def drop(layer: nn.Module, name: str) -> None:
 
 
 def release(root: nn.Module, state: State) -> None:
-    """Forget the state of a root without adapters, and restore the flags of its parameters."""
+    """Forget the state of a root without adapters, and restore the flags of its parameters and 4-bit layers."""
     hook_root(root, False)
+    allow_packing(root, state.packing)
     for key, parameter in root.named_parameters():
         if key in state.requires_grad and (parameter.is_floating_point() or parameter.is_complex()):
             parameter.requires_grad_(state.requires_grad[key])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lite.errors import TargetError
+from lora_lite.packing import quant_state, unpacked
 
 
 def is_conv1d(layer: nn.Module) -> bool:
@@ -56,9 +57,15 @@ def shape(layer: nn.Module) -> tuple[int, int]:
 
 
 def is_quantized(layer: nn.Module) -> bool:
-    """Whether the stored weight is not simply the matrix."""
-    weight = layer.weight
-    return not weight.is_floating_point() or type(weight.data) is not Tensor or type(weight).__name__ == "Params4bit"  # type: ignore[union-attr]
+    """Whether the stored weight is not simply the matrix, or the layer rounds it as it computes."""
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    plain = weight.is_floating_point() and type(weight.data) is Tensor and type(weight).__name__ != "Int8Params"
+    return not plain or is_4bit(layer)
+
+
+def is_4bit(layer: nn.Module) -> bool:
+    """Whether it is bitsandbytes' `Linear4bit`, whose weight may lose its class to a wrapper."""
+    return type(layer.weight).__name__ == "Params4bit" or quant_state(layer) is not None
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -93,13 +100,15 @@ def dense(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def _dequantized(layer: nn.Module, weight: Tensor, kind: str) -> Tensor:
-    if type(weight).__name__ == "Params4bit":
-        if (state := getattr(weight, "quant_state", None) or getattr(layer, "quant_state", None)) is None:
+    if is_4bit(layer):
+        if quant_state(layer) is None:
             raise TargetError(f"{kind}: not quantised yet; move the model to its device first, e.g. model.to('cpu')")
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(weight.data, state)
+        return dequantize_4bit(*unpacked(layer))
     if type(weight).__name__ == "Int8Params":
+        if weight.is_floating_point():  # has_fp16_weights: rounded in each forward
+            return weight.data
         scales = weight.SCB if getattr(weight, "SCB", None) is not None else layer.state.SCB  # type: ignore[union-attr]
         if scales is None:
             raise TargetError(f"{kind}: not quantised yet; move the model to its device first, e.g. model.to('cpu')")

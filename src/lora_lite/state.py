@@ -66,6 +66,7 @@ class State:
 
     adapters: dict[str, Attached] = field(default_factory=dict)
     requires_grad: dict[str, bool] = field(default_factory=dict)
+    packing: list[str] = field(default_factory=list)
     merged: dict[str, Any] = field(default_factory=dict)
     call: Call | None = None
     recomputed: Call | None = None

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.functional import _convert_weight_packed_for_cpu
+from bitsandbytes.nn import Linear4bit
 from lab_helpers import make_llama, save_tiny
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
@@ -100,3 +102,12 @@ def test_the_print_of_a_quantised_base_follows_its_bits() -> None:
     with torch.no_grad():
         weight.qdata[0, 0] ^= 1
     assert base_print(model) != first
+
+
+def test_the_print_of_a_base_is_the_same_once_bitsandbytes_has_packed_it() -> None:
+    """As it does on some processors, in the first eval forward."""
+    layer = Linear4bit(128, 64, quant_type="nf4").to("cpu")
+    model = torch.nn.Sequential(layer)
+    first = base_print(model)
+    layer.weight.data, _ = _convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
+    assert base_print(model) == first

