@@ -43,22 +43,56 @@ def ids(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]
     return [tokenizer(text)["input_ids"] for text in texts]
 
 
+def by_argmax(model: LlamaForCausalLM, prompt: list[int], length: int) -> list[int]:
+    """Greedy, by hand, without cache or padding."""
+    row = list(prompt)
+    for _ in range(length):
+        with torch.no_grad():
+            row.append(int(model(torch.tensor([row])).logits[0, -1].argmax()))
+    return lab.cut_at(row[len(prompt) :], {EOS})
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 11, 64])
 def test_completions_depend_neither_on_batches_nor_on_padding(
     batch_size: int, llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     prompts = ids(tokenizer, PROMPTS)
-    expected = []
-    for prompt in prompts:  # greedy, by hand, without cache or padding
-        row = list(prompt)
-        for _ in range(6):
-            with torch.no_grad():
-                row.append(int(llama(torch.tensor([row])).logits[0, -1].argmax()))
-        expected.append(lab.cut_at(row[len(prompt) :], {EOS}))
+    expected = [by_argmax(llama, prompt, 6) for prompt in prompts]
     found = generate(llama, tokenizer, prompts, max_new_tokens=6, batch_size=batch_size)
     assert [count for _, count in found] == [len(row) for row in expected]
     assert [text for text, _ in found] == [tokenizer.decode(row, skip_special_tokens=True) for row in expected]
     assert len({text for text, _ in found}) > 1
+
+
+# Entries that reach into a generation; others, such as those of assisted decoding, need a second model to act at all.
+OWN_DEFAULTS = {
+    "num_beams": 3, "early_stopping": True, "length_penalty": 3.0, "num_return_sequences": 2, "do_sample": True,
+    "temperature": 9.0, "top_k": 3, "top_p": 0.5, "min_p": 0.1, "typical_p": 0.5, "epsilon_cutoff": 1e-3,
+    "eta_cutoff": 1e-3, "repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "bad_words_ids": [[65], [66, 67]],
+    "forced_bos_token_id": 7, "forced_eos_token_id": 256, "exponential_decay_length_penalty": (1, 9.0),
+    "suppress_tokens": list(range(60, 120)), "begin_suppress_tokens": list(range(100)), "sequence_bias": [[[68], 50.0]],
+    "min_length": 90, "min_new_tokens": 5, "max_length": 3, "max_new_tokens": 2, "max_time": 1e-9,
+    "guidance_scale": 4.0, "penalty_alpha": 0.6, "prompt_lookup_num_tokens": 2, "dola_layers": "high",
+    "cache_implementation": "static", "return_dict_in_generate": True, "output_scores": True, "use_cache": False,
+    "stop_strings": ["a", "e"], "token_healing": True, "encoder_repetition_penalty": 3.0, "renormalize_logits": True,
+    "remove_invalid_values": True, "watermarking_config": {"bias": 50.0}, "bos_token_id": 9, "pad_token_id": 65,
+    "decoder_start_token_id": 8, "diversity_penalty": 1.0, "num_beam_groups": 3, "force_words_ids": [[70]],
+    "encoder_no_repeat_ngram_size": 1, "top_h": 0.2, "low_memory": True,
+}  # fmt: skip
+
+
+def test_generation_is_greedy_whatever_the_models_own_defaults(tokenizer: PreTrainedTokenizerFast) -> None:
+    prompts = ids(tokenizer, PROMPTS)
+    llama = make_llama()
+    expected = [by_argmax(llama, prompt, 6) for prompt in prompts]
+    wanted = [(tokenizer.decode(row, skip_special_tokens=True), len(row)) for row in expected]
+    for settings in (*({key: value} for key, value in OWN_DEFAULTS.items()), OWN_DEFAULTS):
+        for key, value in settings.items():
+            setattr(llama.generation_config, key, value)
+        own = llama.generation_config
+        assert generate(llama, tokenizer, prompts, max_new_tokens=6) == wanted, settings
+        assert llama.generation_config is own and all(getattr(own, key) == settings[key] for key in settings)
+        llama.generation_config = make_llama().generation_config
 
 
 def test_generation_stops_at_the_end_token(llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:

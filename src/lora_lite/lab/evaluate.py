@@ -124,7 +124,9 @@ def generate(
 ) -> list[tuple[str, int]]:
     """Greedy completions of tokenised prompts, in their order: text without special tokens, and number of new tokens.
 
-    A completion ends at the tokenizer's end token or at one of the model's own. progress: title of a progress bar.
+    Each token is the one with the largest logit. Of the model's generation config only its end tokens count: beams,
+    penalties, suppressed tokens, smallest lengths and the like stay out. A completion ends at the tokenizer's end token
+    or at one of the model's own. progress: title of a progress bar.
     """
     if batch_size < 1 or max_new_tokens < 1:
         raise EvaluationError(f"batch_size and max_new_tokens are 1 or more, got {batch_size} and {max_new_tokens}")
@@ -139,7 +141,12 @@ def generate(
         max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, eos_token_id=sorted(stops), pad_token_id=pad
     )
     results: list[tuple[str, int]] = [("", 0)] * len(prompts)
-    with eval_mode(model), torch.no_grad(), tqdm(total=len(prompts), desc=progress, disable=progress is None) as bar:
+    with (
+        eval_mode(model),
+        no_defaults(model),
+        torch.no_grad(),
+        tqdm(total=len(prompts), desc=progress, disable=progress is None) as bar,
+    ):
         for batch in length_batches([len(prompt) for prompt in prompts], batch_size):
             inputs = left_pad([prompts[index] for index in batch], pad)
             inputs = {key: value.to(model.device) for key, value in inputs.items()}
@@ -205,6 +212,21 @@ def cut_at(ids: Iterable[int], stops: set[int]) -> list[int]:
             break
         kept.append(token)
     return kept
+
+
+@contextmanager
+def no_defaults(model: PreTrainedModel) -> Iterator[None]:
+    """Take the model's generation config away, and put it back afterwards.
+
+    transformers fills whatever the config of a call leaves open from the model's own, entry by entry: there is no list
+    of entries to set to "off" that the next version does not outgrow.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 @contextmanager
