@@ -38,7 +38,7 @@ def run_study(
     the results of another study.
     """
     ledger = Ledger(folder)
-    study.arms()  # errors in the line of arms, and missing trackers, come before the model is loaded
+    study = study.as_run()  # errors in the line of arms, and missing trackers, come before the model is loaded
     require_trackers(report_to)
     bench = open_workbench(study)
     bench.trackers = partial(Trackers, report_to, device=bench.device)
@@ -67,10 +67,18 @@ def require_same_study(folder: Path, study: Study, plan: dict[str, Any]) -> None
     """
     if not (folder / "study.json").exists():
         return
-    before, now = shared_config(*read_plan(folder)), shared_config(study, plan)
+    earlier, before_plan = read_plan(folder)
+    before, now = shared_config(earlier, before_plan), shared_config(study, plan)
     if other := [f"{name}: {was!r} there, {now[name]!r} now" for name, was in before.items() if was != now[name]]:
         raise StudyError(
             f"{folder} holds the results of another study ({'; '.join(other)}): give another --out, or remove it"
+        )
+    known = {name: arm["methods"] for name, arm in study.arms_as_run.items()}
+    there = {name: arm["methods"] for name, arm in earlier.arms_as_run.items()}
+    if changed := [name for name in known.keys() & there.keys() if known[name] != there[name]]:
+        raise StudyError(
+            f"{folder} holds results of {', '.join(sorted(changed))} with other settings than these names have here (a "
+            "default has changed since): give another --out"
         )
 
 
@@ -171,7 +179,7 @@ def train_and_measure(job: Job, bench: Workbench, scratch: Path) -> dict[str, An
     training = dataclasses.replace(bench.study.training, lr=job.lr, seed=job.seed)
     seconds: dict[str, float] = {}
     if last_checkpoint(scratch) is None:
-        data = calibration(methods, bench.train, bench.pad, training.batch_size)
+        data = calibration(methods, bench.train, bench.pad, training.batch_size, bench.study.calibration_batches)
         cost = ll.attach(bench.model, methods, data).cost
         seconds |= {f"attach_{phase}": value for phase, value in cost.seconds.items()} if cost else {}
     settings = {"job": str(job), "training": dataclasses.asdict(training)}

@@ -49,6 +49,8 @@ class RunConfig:
         device: where to run. None: the GPU if there is one.
         train_examples: distinct examples to train on.
         test_examples: held-out items to measure on.
+        calibration_batches: training batches that methods and bases which need data are calibrated on. Each is one
+            forward pass; second moments are better told by 64.
         train_also: regexes of base parameters to train as well, such as a head or an embedding.
         reload_examples: items that the reloaded adapter must answer as the trained one did.
         max_length: longest example in tokens; longer ones are left out and counted.
@@ -65,6 +67,7 @@ class RunConfig:
     device: str | None = None
     train_examples: int = 640
     test_examples: int = 100
+    calibration_batches: int = CALIBRATION_BATCHES
     reload_examples: int = 16
     train_also: tuple[str, ...] = ()
     max_length: int = MAX_LENGTH
@@ -76,7 +79,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.dtype not in (*DTYPES, "auto"):
             raise ValueError(f"RunConfig.dtype = {self.dtype!r}: must be one of auto, {', '.join(DTYPES)}")
-        for name in ("train_examples", "test_examples", "max_length"):
+        for name in ("train_examples", "test_examples", "calibration_batches", "max_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"RunConfig.{name} = {getattr(self, name)}: must be an integer >= 1")
         if not 0 <= self.reload_examples <= self.test_examples:
@@ -154,7 +157,8 @@ def finetune(run: RunConfig, method: ll.AdapterConfig | Sequence[ll.AdapterConfi
         before = evaluate(model, tokenizer, task, test_set)
     pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
     with clock("attach"):
-        att = ll.attach(model, method, calibration(method, items, pad, training.batch_size), train_also=run.train_also)
+        batches = calibration(method, items, pad, training.batch_size, run.calibration_batches)
+        att = ll.attach(model, method, batches, train_also=run.train_also)
     tqdm.write(att.summary())
     settings = {"run": dataclasses.asdict(run), "training": dataclasses.asdict(training)}
     with Trackers(run.report_to, run.out, settings, device) as trackers:
@@ -196,14 +200,23 @@ def describe_data(
     }
 
 
+def needs_data(methods: Sequence[ll.AdapterConfig]) -> bool:
+    """Whether one of the methods is calibrated on data."""
+    return any(variant_of(cfg).needs(cfg) for cfg in methods)
+
+
 def calibration(
-    method: ll.AdapterConfig | Sequence[ll.AdapterConfig], items: Sequence[Encoded], pad: int, batch_size: int
+    method: ll.AdapterConfig | Sequence[ll.AdapterConfig],
+    items: Sequence[Encoded],
+    pad: int,
+    batch_size: int,
+    number: int = CALIBRATION_BATCHES,
 ) -> list[dict[str, Any]] | None:
-    """A few training batches, if a method needs them."""
+    """The first `number` training batches (or as many as there are), if a method needs them."""
     methods = [method] if isinstance(method, ll.AdapterConfig) else method
-    if not any(variant_of(cfg).needs(cfg) for cfg in methods):
+    if not needs_data(methods):
         return None
-    starts = range(0, min(len(items), CALIBRATION_BATCHES * batch_size), batch_size)
+    starts = range(0, min(len(items), number * batch_size), batch_size)
     batches = [collate(items[start : start + batch_size], pad) for start in starts]
     return [{key: batch[key] for key in ("input_ids", "attention_mask")} for batch in batches]
 

@@ -5,11 +5,13 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
-from typing import Any
+from typing import Annotated, Any
 
+import tyro
 import yaml
 
 import lora_lite as ll
+from lora_lite.adapter import variant_of
 from lora_lite.lab.arms import ALL, Arm, parse_arms
 from lora_lite.lab.data import MAX_LENGTH
 from lora_lite.lab.models import EMBEDDED, QUANTIZATIONS
@@ -60,6 +62,9 @@ class Study:
         other_task: another task to measure forgetting on (the loss on its answers). Empty: none.
         other_examples: how many examples of it.
         costs: whether to measure what each arm costs.
+        calibration_batches: training batches that methods and bases which need data are calibrated on.
+        arms_as_run: arm -> "methods", its settings, and "rates", as a folder of results records them: what was measured
+            stays findable when a default changes. Empty: those of today.
     """
 
     name: str = "bench"
@@ -89,10 +94,25 @@ class Study:
     other_task: str = "gsm_symbolic"
     other_examples: int = 16
     costs: bool = True
+    calibration_batches: int = 8
+    arms_as_run: Annotated[Mapping[str, Any], tyro.conf.Suppress] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        least = {"validation_examples": 1, "test_examples": 1, "seeds": 1, "rates": 1, "window_tokens": 2}
-        for name, low in {**least, "max_length": 2, "general_windows": 0, "other_examples": 0}.items():
+        least = {
+            "calibration_batches": 1,
+            "validation_examples": 1,
+            "test_examples": 1,
+            "seeds": 1,
+            "rates": 1,
+            "window_tokens": 2,
+        }
+        for name, low in {
+            **least,
+            "calibration_batches": 1,
+            "max_length": 2,
+            "general_windows": 0,
+            "other_examples": 0,
+        }.items():
             if getattr(self, name) < low:
                 raise StudyError(f"{name} = {getattr(self, name)}: must be an integer >= {low}")
         if self.rates % 2 == 0:
@@ -127,9 +147,22 @@ class Study:
 
     def grid(self, arm: Arm) -> list[float]:
         """The learning rates to try for an arm, rising; rounded to 3 digits, so that they read as they are."""
+        if arm.name in self.arms_as_run:
+            return list(self.arms_as_run[arm.name]["rates"])
         middle = self.rates // 2
         centre = arm.lr * self.rate_factor
         return [_rounded(centre * self.rate_ratio ** (index - middle)) for index in range(self.rates)]
+
+    def described(self, arm: Arm, seed: int) -> list[dict[str, Any]]:
+        """An arm's methods with all their settings, the seed of their initial values among them."""
+        if arm.name in self.arms_as_run:
+            return [{**values, "seed": seed} for values in self.arms_as_run[arm.name]["methods"]]
+        return [{"variant": variant_of(cfg).name, **cfg.to_dict()} for cfg in arm.with_seed(seed)]
+
+    def as_run(self) -> "Study":
+        """The study with the settings and rates of its arms written out."""
+        arms = {arm.name: {"methods": self.described(arm, 0), "rates": self.grid(arm)} for arm in self.arms()}
+        return dataclasses.replace(self, arms_as_run=arms)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data for JSON; `from_dict` is its inverse."""

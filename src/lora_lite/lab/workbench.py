@@ -18,7 +18,7 @@ from lora_lite.lab.data import Encoded, answer_budget, encode, text_windows
 from lora_lite.lab.evaluate import Evaluation, answer_loss_of, evaluate, text_loss
 from lora_lite.lab.models import load_model
 from lora_lite.lab.provenance import base_print, provenance
-from lora_lite.lab.run import pick_device, pick_dtype
+from lora_lite.lab.run import CALIBRATION_BATCHES, needs_data, pick_device, pick_dtype
 from lora_lite.lab.study import Job, Study
 from lora_lite.lab.tasks import Example, Task, fingerprint, require_sound_key
 from lora_lite.lab.trackers import Trackers
@@ -146,18 +146,13 @@ def job_config(study: Study, job: Job, plan: dict[str, Any]) -> dict[str, Any]:
     if job.kind in ("base", "seed"):
         config |= {"max_new_tokens": plan["max_new_tokens"]}
     if job.arm is not None:
-        config["methods"] = [{"variant": name, **values} for name, values in described(job)]
+        config["methods"] = study.described(job.arm, job.seed)
+        if study.calibration_batches != CALIBRATION_BATCHES and needs_data(job.arm.configs):
+            config["calibration_batches"] = study.calibration_batches
     if job.kind in ("tune", "seed"):
         training = dataclasses.asdict(dataclasses.replace(study.training, lr=job.lr, seed=job.seed))
         config["training"] = {key: value for key, value in training.items() if key != "save_every"}
     return {**config, "prints": prints}
-
-
-def described(job: Job) -> list[tuple[str, dict[str, Any]]]:
-    """The methods of a job's arm with all their settings, the seed of their initial values among them."""
-    assert job.arm is not None
-    names = job.arm.method.split("+")
-    return [(name, cfg.to_dict()) for name, cfg in zip(names, job.arm.with_seed(job.seed), strict=True)]
 
 
 def plan_of(bench: Workbench) -> dict[str, Any]:
