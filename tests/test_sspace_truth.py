@@ -41,7 +41,7 @@ def build(method: str, basis: str, i: int, o: int, side: str, **changes: Any) ->
     cfg = ll.variants()[method].Config(r=8, basis=basis, side=side, dtype=F64, target_roles=(), **changes)
     att = ll.attach(model, cfg, [X] if cfg.basis.needs else None)  # type: ignore[attr-defined]
     adapter: Any = att.targets["layer"]
-    found = textbook.basis(basis, model.layer.weight.detach(), X)
+    found = textbook.basis(basis, model.layer.weight.detach(), X, adapter.r)
     return model, adapter, textbook.aligned(found, adapter.U)
 
 

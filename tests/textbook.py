@@ -18,30 +18,29 @@ def root(C: Tensor) -> Tensor:
     return torch.from_numpy(np.real(scipy.linalg.sqrtm(C.numpy())))
 
 
-def basis(kind: str, W: Tensor, X: Tensor, eps: float = 1e-3) -> tuple[Tensor, Tensor, Tensor]:
-    """(U, S, P) with all directions, the most important first, for a layer that read X (tokens, i)."""
+def basis(kind: str, W: Tensor, X: Tensor, r: int, eps: float = 1e-3) -> tuple[Tensor, Tensor, Tensor]:
+    """(U, S, P) of r directions, by falling S, for a layer that read X (tokens, i)."""
     if kind == "svd" or kind.startswith("wanda"):
         U, S, P = torch.linalg.svd(W, full_matrices=False)
         if kind != "svd":
             h = X @ W.T @ U
             score = h.abs().mean(0) if "mean_abs" in kind else S * (X @ P.T).square().mean(0).sqrt()
-            order = score.argsort(descending=True)
-            U, S, P = U[:, order], S[order], P[order]
-        return U, S, P
+            chosen = sorted(score.argsort(descending=True)[:r].tolist())
+            U, S, P = U[:, chosen], S[chosen], P[chosen]
+        return U[:, :r], S[:r], P[:r]
     C = X.T @ X / len(X)
     C = torch.diag(C.diagonal()) if kind.startswith("asvd") else C
     C = C + eps * torch.eye(len(C), dtype=C.dtype)
     weigh = C if "power=1.0" in kind else root(C)
     U, S, Vh = torch.linalg.svd(W @ weigh, full_matrices=False)
-    return U, S, Vh @ torch.linalg.inv(weigh)
+    return U[:, :r], S[:r], (Vh @ torch.linalg.inv(weigh))[:r]
 
 
 def aligned(found: tuple[Tensor, Tensor, Tensor], U0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The first directions, as many as U0 has, with U0's signs, which no definition fixes."""
+    """The directions with U0's signs, which no definition fixes."""
     U, S, P = found
-    r = U0.shape[1]
-    sign = (U[:, :r] * U0).sum(0).sign()
-    return U[:, :r] * sign, S[:r], P[:r] * sign.unsqueeze(1)
+    sign = (U * U0).sum(0).sign()
+    return U * sign, S, P * sign.unsqueeze(1)
 
 
 def rotation(rot_T: Tensor, block_size: int, max_angle: float, c: float) -> Tensor:

@@ -11,46 +11,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_lite.config import AdapterConfig
+from lora_lite.numerics import add_lowrank, cast, full_precision
 
 # Shapes, checked by the tests: a layer's input and output, and the factors (h, B) of a low-rank change h B^T.
 Input = Float[Tensor, "*b i"]
 Output = Float[Tensor, "*b o"]
 LowRank = tuple[Float[Tensor, "*b r"], Float[Tensor, "o r"]]
-
-
-def cast(tensor: Tensor, like: Tensor) -> Tensor:
-    """`tensor` in the dtype of the activation `like`."""
-    return tensor.to(like.dtype)
-
-
-def wide(tensor: Tensor, like: Tensor | None = None) -> Tensor:
-    """`tensor` in fp32, or in fp64 if `like` (by default itself) is."""
-    like = tensor if like is None else like
-    return tensor.to(torch.promote_types(like.dtype, torch.float32))
-
-
-def double(tensor: Tensor) -> Tensor:
-    """`tensor` in fp64, or in fp32 where the device has no fp64.
-
-    For functions such as expm1 of rank-sized tensors, which processors round differently in different shapes.
-    """
-    return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
-
-
-def scaled(h: Tensor, c: Tensor) -> Tensor:
-    """h * c, multiplied in fp32 (fp64 for fp64) and rounded once to h's dtype: all forms of c give the same bits."""
-    return (wide(h) * wide(c, h)).to(h.dtype)
-
-
-def add_lowrank(y: Float[Tensor, "*b o"], h: Float[Tensor, "*b r"], B: Float[Tensor, "o r"]) -> Float[Tensor, "*b o"]:
-    """y + h B^T, in one pass over y."""
-    out = torch.addmm(y.reshape(-1, y.shape[-1]), cast(h, y).reshape(-1, h.shape[-1]), cast(B, y).T)
-    return cast(out, y).reshape(y.shape)
-
-
-def full_precision(device: torch.device) -> torch.autocast:
-    """A context in which autocast leaves arithmetic between parameters alone."""
-    return torch.autocast(device.type, enabled=False)
 
 
 def kaiming_uniform_(tensor: Tensor, rng: torch.Generator) -> Tensor:
@@ -111,7 +77,7 @@ class Adapter(nn.Module):
 
     @classmethod
     def identity_bound(cls, cfg: Any, dtype: torch.dtype = torch.float32) -> float:
-        """Largest |y' - y| / max |y| of one layer right after attach, in a base of `dtype`. 0: exact."""
+        """Largest ||y' - y|| / ||W x|| of a token (2-norms) right after attach, in a base of `dtype`. 0: exact."""
         return 0.0
 
     @classmethod

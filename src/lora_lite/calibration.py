@@ -6,7 +6,7 @@ up) share the sums of it.
 
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
@@ -14,14 +14,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lora_lite.adapter import full_precision
+from lora_lite.adapter import full_precision, variants
 from lora_lite.contrast import Contrast
-from lora_lite.errors import CalibrationError, LoraLiteWarning
+from lora_lite.errors import CalibrationError, LoraLiteWarning, TargetError
+from lora_lite.frozen_basis import KINDS, Basis
 from lora_lite.linear import bias, shape
 from lora_lite.state import batch_shape, tensors_in
 from lora_lite.stats import STATISTICS, SUMS, Statistics, Sums
 
 MASKS = ("attention_mask", "decoder_attention_mask")
+
+
+def _prepared(path: str, layer: nn.Module, prepare: Callable[[nn.Module], Any]) -> Any:
+    try:
+        return prepare(layer)
+    except torch.linalg.LinAlgError as error:
+        raise TargetError(f"{path}: its weight cannot be factorised; does it hold NaN or infinite values?") from error
 
 
 class Collector:
@@ -45,7 +53,7 @@ class Collector:
         # Of layers that read the same input, the first one that needs a sum of it takes it.
         self.taker: dict[tuple[str, str], str] = {}
         self.prepared = {
-            (path, part): prepare(layers[path])
+            (path, part): _prepared(path, layers[path], prepare)
             for path, found in self.output.items()
             for part in found
             if (prepare := SUMS[part].prepare) is not None
@@ -155,7 +163,7 @@ def calibrate(
     """
     if not layers:
         if data is not None:
-            warnings.warn("calibration_data was given, but no method here needs it", LoraLiteWarning, stacklevel=3)
+            warnings.warn(_unused(), LoraLiteWarning, stacklevel=3)
         return {}, (0, 0)
     wanted = sorted(frozenset().union(*(needs[path] for path in layers)))
     if data is None:
@@ -176,6 +184,7 @@ def calibrate(
     several = list({id(s): s for stats in result.values() for s in (stats.input, stats.output)}.values())
     _all_reduce(several)
     _check_sides(several)
+    _check_values(collector, result)
     size = sum(value.nbytes for sums in several for value in sums.values.values())
     return result, (max(stats.tokens for stats in result.values()), size)
 
@@ -227,6 +236,15 @@ def run(model: nn.Module, batch: Any) -> Any:
     raise TypeError(f"a batch is a mapping, a tuple, a list or a tensor, not a {type(batch).__name__}")
 
 
+def _unused() -> str:
+    methods = [name for name, cls in variants().items() if cls.needs(cls.Config())]
+    bases = [kind for kind in KINDS if Basis(kind).needs]
+    return (
+        f"calibration_data was given, but nothing here uses it; methods that do: {', '.join(methods)}; S-space methods "
+        f"do with basis= one of {', '.join(bases)}"
+    )
+
+
 def _check_sides(several: Iterable[Sums]) -> None:
     for sums in several:
         for part, count in sums.counts.items():
@@ -235,6 +253,19 @@ def _check_sides(several: Iterable[Sums]) -> None:
                 raise CalibrationError(
                     f"Contrast: {count} positive and {sums.counts.get(other, 0)} negative prompts; give the same "
                     "number of each"
+                )
+
+
+def _check_values(collector: Collector, result: Mapping[str, Statistics]) -> None:
+    """Refuse sums that no token entered, or that are not finite, before anything is computed from them."""
+    for path, stats in result.items():
+        for part in [*collector.input[path], *collector.output[path]]:
+            if not stats.has(part):
+                raise CalibrationError(f"{path}: the calibration data held padding alone; give batches with tokens")
+            if not torch.isfinite(stats.part(part)).all():
+                raise CalibrationError(
+                    f"{path}: what it read or returned on the calibration data is not finite; look for NaN or infinite "
+                    "values in the data and the weights, or run the model in a wider dtype"
                 )
 
 

@@ -74,6 +74,8 @@ class AdapterConfig:
 
     # Fields that may be None, with a meaning that the method's docstring gives.
     optional: ClassVar[tuple[str, ...]] = ()
+    # Fields that may be "auto", likewise.
+    automatic: ClassVar[tuple[str, ...]] = ()
     # Fields that a method has no use for: hidden from the command line, and a value other than the default is refused.
     unused: ClassVar[tuple[str, ...]] = ()
 
@@ -82,8 +84,10 @@ class AdapterConfig:
             ("r", is_int(self.r, 1), "an integer >= 1"),
             ("alpha", is_number(self.alpha), "a finite number"),
         ):
-            none = name in self.optional and getattr(self, name) is None
-            require(ok or none, self, name, f"{allowed}{', or None' if name in self.optional else ''}")
+            value = getattr(self, name)
+            special = (name in self.optional and value is None) or (name in self.automatic and value == "auto")
+            words = [", or None"] * (name in self.optional) + [", or 'auto'"] * (name in self.automatic)
+            require(ok or special, self, name, allowed + "".join(words))
         require(self.dtype in DTYPES.values(), self, "dtype", f"one of {', '.join(map(str, DTYPES.values()))}")
         for field in ("target_names", "target_roles", "exclude_names"):
             _strings(self, field)

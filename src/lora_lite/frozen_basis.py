@@ -181,15 +181,16 @@ def svd(W: Tensor, stats: Statistics | None, r: int) -> tuple[Tensor, Tensor]:
 
 
 @register_basis("wanda", needs=lambda basis: ["response" if basis.pool == "rms" else "coordinate_abs"])
-def wanda(W: Tensor, stats: Statistics, pool: str) -> tuple[Tensor, Tensor]:
-    """The singular directions of W with the largest coordinates h = u^T (y - b) on the data, the largest first.
+def wanda(W: Tensor, stats: Statistics, r: int, pool: str) -> tuple[Tensor, Tensor]:
+    """The r singular directions of W with the largest coordinates h = u^T (y - b) on the data, by singular value.
 
     Their rms is S_j rms(x . v_j), a score like that of Wanda (Sun et al. 2023, arXiv:2306.11695), for directions.
     """
     U, S, _ = singular_directions(W, min(W.shape))
     score = stats.mean("coordinate_abs").to(S.device) if pool == "mean_abs" else _energy(W, U, stats)
-    order = score.argsort(descending=True, stable=True)
-    return U[:, order], S[order]
+    # In S's order: cores that mix neighbouring or leading directions go by it.
+    chosen = score.argsort(descending=True, stable=True)[:r].sort().values
+    return U[:, chosen], S[chosen]
 
 
 def _energy(W: Tensor, U: Tensor, stats: Statistics) -> Tensor:

@@ -10,22 +10,24 @@ So a method of the family is a core: its parameters, and `delta`.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from lora_lite.adapter import Adapter, Input, LowRank, Output, cast, wide
+from lora_lite.adapter import Adapter, Input, LowRank, Output
 from lora_lite.config import AdapterConfig, require
 from lora_lite.frozen_basis import Basis
 from lora_lite.linear import bias, dense, shape
+from lora_lite.numerics import read, wide
 
 SIDES = ("auto", "input", "output")
 DEFAULT_R = 256
+SPAN = 8.0  # 2^-8, the rounding of bf16, of the largest direction is 3% of one that is 8 times weaker
 
 Coordinates = Float[Tensor, "*b r"]
+Blocks = Float[Tensor, "*c n bs bs"]
 
 
 @dataclass(frozen=True)
@@ -33,20 +35,22 @@ class FrozenBasisConfig(AdapterConfig):
     """What the methods of the family share.
 
     Args:
-        r: number of directions. The default of 256 is lowered to the layer's rank min(i, o) where that is smaller;
-            another r larger than it is an error. None: all of them.
+        r: number of directions; one larger than the layer's rank min(i, o) is an error. "auto": 256, or the rank
+            where that is smaller. None: all of them.
         basis: which directions: "svd", "wanda", "asvd", "corda", a kind that `ll.register_basis` added, any of these
             with settings ("corda:power=1.0"), or a `Basis`.
         side: where the coordinates are read: from the "output" as U^T (y - b), or from the "input" as (U^T W) x, the
-            same numbers. "auto" takes the cheaper, and the input where b is larger than W (Frobenius norms), for then
-            y - b would lose digits in 16 bits. The choice is stored.
+            same numbers. "auto" takes the cheaper, and the input where the output would lose digits in 16 bits: where b
+            is larger than W (Frobenius norms), or where the core divides by S and S spans more than a factor of 8. The
+            choice is stored.
     """
 
-    r: int | None = DEFAULT_R  # type: ignore[assignment]
+    r: int | Literal["auto"] | None = "auto"  # type: ignore[assignment]
     basis: str | Basis = "svd"
     side: str = "auto"
 
     optional = ("r",)
+    automatic = ("r",)
     unused = ("alpha",)
 
     def __post_init__(self) -> None:
@@ -59,9 +63,14 @@ class FrozenBasisConfig(AdapterConfig):
 
     def rank(self, i: int, o: int) -> int:
         """Number of directions of a layer. Raises `ValueError` if r is larger than min(i, o)."""
-        if self.r is not None and self.r > min(i, o) and self.r != DEFAULT_R:
-            raise ValueError(f"r = {self.r} is larger than the rank min(i, o) = {min(i, o)} of this layer")
-        return min(i, o, self.r or i)
+        full = min(i, o)
+        if self.r is None:
+            return full
+        if self.r == "auto":
+            return min(full, DEFAULT_R)
+        if self.r > full:
+            raise ValueError(f"r = {self.r} is larger than the rank min(i, o) = {full} of this layer")
+        return self.r
 
 
 class FrozenBasisAdapter(Adapter):
@@ -75,6 +84,8 @@ class FrozenBasisAdapter(Adapter):
     P: Tensor | None
     Ub: Tensor | None
     rebuildable = ("U",)
+    divides_by_S: ClassVar[bool] = False
+    """Whether the core reads h / S, which raises the rounding of y along weak directions above what they carry."""
 
     def __init__(self, cfg: FrozenBasisConfig, i: int, o: int) -> None:
         super().__init__(cfg)
@@ -107,7 +118,9 @@ class FrozenBasisAdapter(Adapter):
             return self.cfg.side
         (i, o), b = shape(layer), bias(layer)
         large = b is not None and bool(b.float().norm() > dense(layer).float().norm())
-        return "input" if o > i or large else "output"
+        S = self.S[self.S > 0]
+        spread = self.divides_by_S and len(S) > 0 and bool(S.max() > SPAN * S.min())
+        return "input" if o > i or large or spread else "output"
 
     def derive(self, layer: nn.Module) -> None:
         """P (r, i) = U^T W for the input side; U^T b (r,) for the output side."""
@@ -118,12 +131,9 @@ class FrozenBasisAdapter(Adapter):
             self.derived("Ub", self.U.T @ b.to(self.U))
 
     def change(self, x: Input, y: Output, layer: nn.Module, c: Tensor) -> LowRank:
-        U = cast(self.U, y)
-        if self.P is not None:
-            h = x @ cast(self.P, x).T
-        else:
-            h = F.linear(y, U.T, None if self.Ub is None else -cast(self.Ub, y))
-        return self.delta(h, c), U
+        offset = None if self.Ub is None else -self.Ub
+        h = read(x, self.P) if self.P is not None else read(y, self.U.T, offset)
+        return self.delta(h, c), self.U
 
     def delta(self, h: Coordinates, c: Tensor) -> Coordinates:
         """The change of the coordinates h (*b, r) at coefficient c, 0-dim or broadcasting over h."""
@@ -132,12 +142,21 @@ class FrozenBasisAdapter(Adapter):
     @property
     def inverse_S(self) -> Float[Tensor, " r"]:
         """1/S, and 0 where S = 0: p = h / S are the coordinates with the scale taken off."""
-        return torch.where(self.S > 0, 1 / self.S, 0.0)
+        S = wide(self.S)  # 1/S of a weak direction is beyond fp16
+        return torch.where(S > 0, 1 / S, 0.0)
 
 
-def times(h: Coordinates, factor: Tensor) -> Coordinates:
-    """h * factor, multiplied in fp32 and rounded once to h's dtype."""
-    return (wide(h) * wide(factor, h)).to(h.dtype)
+def blockwise(D: Blocks, h: Coordinates) -> Coordinates:
+    """D h for a block-diagonal D, given by its blocks; those of one c, or of one c a row.
+
+    Column by column, in products of entries: a matrix product would round the two forms of c differently.
+    """
+    columns = wide(h).unflatten(-1, (-1, D.shape[-1]))
+    D = D.to(columns.dtype)
+    product = D[..., 0] * columns[..., :1]
+    for k in range(1, D.shape[-1]):
+        product = product + D[..., k] * columns[..., k : k + 1]
+    return product.flatten(-2).to(h.dtype)
 
 
 class _Projection(torch.autograd.Function):

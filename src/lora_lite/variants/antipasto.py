@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_lite.adapter import double, register, wide
+from lora_lite.adapter import register
 from lora_lite.config import require
-from lora_lite.sspace import Coordinates, FrozenBasisAdapter, FrozenBasisConfig, projected, times
+from lora_lite.numerics import double, scaled, wide
+from lora_lite.sspace import Coordinates, FrozenBasisAdapter, FrozenBasisConfig, projected
 
 
 @dataclass(frozen=True)
@@ -60,4 +61,4 @@ class AntiPaSTO(FrozenBasisAdapter):
         return F.elu(c.to(g.device) * double(g)).to(wide(g).dtype)
 
     def delta(self, h: Coordinates, c: Tensor) -> Coordinates:
-        return times(h, self.gain(c))
+        return scaled(h, self.gain(c))

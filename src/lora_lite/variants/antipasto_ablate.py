@@ -1,8 +1,9 @@
 """Learnt directional ablation within a frozen basis. Arditi et al. 2024 (for one given direction), arXiv:2406.11717.
 
-    y' = y - c U Q diag(alpha) Q^T U^T (y - b)        Q: orthonormal columns of C (r, k) normal; alpha (k) = init_alpha
+    y' = y - c U Q diag(alpha) Q^T U^T (y - b)        Q: orthonormal columns of C (r, k); alpha (k) = init_alpha
 
-alpha is held in [0, 1]: for c in [0, 1] a contraction, which removes and never amplifies.
+C ~ N(0, 1/r), so that its columns have about norm 1, and steps of one size turn Q alike whatever r. alpha is held in
+[0, 1]: for c in [0, 1] a contraction, which removes and never amplifies.
 """
 
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_lite.adapter import cast, full_precision, register, scaled, wide
+from lora_lite.adapter import register
 from lora_lite.config import is_int, is_number, require
+from lora_lite.numerics import cast, full_precision, scaled, wide
 from lora_lite.sspace import Coordinates, FrozenBasisAdapter, FrozenBasisConfig, projected
 
 
@@ -56,11 +58,12 @@ class AntiPaSTOAblate(FrozenBasisAdapter):
         return AntiPaSTOAblateConfig(r=8, k=2, init_alpha=0.3)
 
     def init_core(self, rng: torch.Generator) -> None:
-        self.C.normal_(generator=rng)
+        self.C.normal_(0.0, self.r**-0.5, generator=rng)
 
     @classmethod
     def identity_bound(cls, cfg: AntiPaSTOAblateConfig, dtype: torch.dtype = torch.float32) -> float:
-        return cfg.init_alpha
+        # A part init_alpha of W x along k directions, which h and the change round in the base's dtype.
+        return cfg.init_alpha * (1 + 4 * torch.finfo(dtype).eps)
 
     def delta(self, h: Coordinates, c: Tensor) -> Coordinates:
         with full_precision(h.device):

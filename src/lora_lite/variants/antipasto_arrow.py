@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_lite.adapter import cast, register, scaled
+from lora_lite.adapter import register
 from lora_lite.config import is_int, require
+from lora_lite.numerics import cast, scaled
 from lora_lite.sspace import Coordinates
 from lora_lite.variants.antipasto import AntiPaSTO, AntiPaSTOConfig
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_lite.adapter import cast, kaiming_uniform_, register, scaled
+from lora_lite.adapter import kaiming_uniform_, register
 from lora_lite.config import is_int, require
+from lora_lite.numerics import cast, scaled
 from lora_lite.sspace import Coordinates
 from lora_lite.variants.antipasto import AntiPaSTO, AntiPaSTOConfig
 
@@ -45,6 +46,8 @@ class AntiPaSTODPLRConfig(AntiPaSTOConfig):
 )
 class AntiPaSTODPLR(AntiPaSTO):
     """A diagonal and a low-rank core. c multiplies g, within the elu, and B A."""
+
+    divides_by_S = True
 
     @classmethod
     def tiny(cls) -> AntiPaSTODPLRConfig:

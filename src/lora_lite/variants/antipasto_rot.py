@@ -7,24 +7,23 @@
     none:  delta = c (d/S) h
     R = (I - X)^-1 (I + X) block by block, X = L/2 tanh(c (T - T^T) / (2 L)), L = 2 tan(max_rotation_angle / 2)
 
-d (r) = 0; T: strictly upper triangular, from rot_T (r/bs, bs (bs - 1)/2) = 0, row by row. V rotates what each direction
-reads, U what it writes. R(-c) = R(c)^T. A plane turns by at most max_rotation_angle at bs = 2; larger blocks bound each
-entry of X alike and can turn further. The r coordinates are rotated, not the basis.
+d (r) ~ N(0, init_std^2), by default 0; T: strictly upper triangular, from rot_T (r/bs, bs (bs - 1)/2) = 0, row by row.
+V rotates what each direction reads, U what it writes. R(-c) = R(c)^T. A plane turns by at most max_rotation_angle at bs
+= 2; larger blocks bound each entry of X alike and can turn further. The r coordinates are rotated, not the basis.
 """
 
 import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.adapter import cast, double, full_precision, register
+from lora_lite.adapter import register
 from lora_lite.config import is_int, is_number, require
-from lora_lite.sspace import DEFAULT_R, Coordinates, FrozenBasisAdapter, FrozenBasisConfig
+from lora_lite.numerics import double, full_precision
+from lora_lite.sspace import Blocks, Coordinates, FrozenBasisAdapter, FrozenBasisConfig, blockwise
 
 ROTATE = ("V", "U", "both", "none")
-Blocks = Float[Tensor, "*c n bs bs"]
 
 
 @dataclass(frozen=True)
@@ -32,14 +31,16 @@ class AntiPaSTORotConfig(FrozenBasisConfig):
     """Rotations of small blocks of neighbouring directions.
 
     Args:
-        block_size: directions that rotate together; r must be divisible by it (the default r is lowered to fit).
+        block_size: directions that rotate together; r must be divisible by it (None and "auto" are lowered to fit).
         max_rotation_angle: bound of the rotation, in radians; in (0, pi).
         rotate_basis: "V" (what directions read), "U" (what they write), "both", or "none" (only d is trained).
+        init_std: standard deviation of d at first (the author's code: 4e-4); 0 starts exactly at the base.
     """
 
     block_size: int = 4
     max_rotation_angle: float = 0.5
     rotate_basis: str = "V"
+    init_std: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,10 +48,11 @@ class AntiPaSTORotConfig(FrozenBasisConfig):
         angle = self.max_rotation_angle
         require(is_number(angle, 0.0) and 0 < angle < math.pi, self, "max_rotation_angle", "radians in (0, pi)")
         require(self.rotate_basis in ROTATE, self, "rotate_basis", f"one of {ROTATE}")
+        require(is_number(self.init_std, 0.0), self, "init_std", "a number >= 0")
 
     def rank(self, i: int, o: int) -> int:
         r = super().rank(i, o)
-        if self.r in (None, DEFAULT_R):
+        if self.r in (None, "auto"):
             r -= r % self.block_size
         if r == 0 or r % self.block_size:
             raise ValueError(f"r = {r} (of min(i, o) = {min(i, o)}) is not divisible by block_size = {self.block_size}")
@@ -70,6 +72,8 @@ class AntiPaSTORotConfig(FrozenBasisConfig):
 class AntiPaSTORot(FrozenBasisAdapter):
     """Rotated directions and an additive change of their scales. c multiplies T, within the tanh, and d."""
 
+    divides_by_S = True
+
     @classmethod
     def tiny(cls) -> AntiPaSTORotConfig:
         return AntiPaSTORotConfig(r=8, rotate_basis="both")
@@ -81,16 +85,20 @@ class AntiPaSTORot(FrozenBasisAdapter):
             self.register_parameter(name, self.parameter(self.r // bs, bs * (bs - 1) // 2))
         self.d = self.parameter(self.r)
 
+    @classmethod
+    def identity_bound(cls, cfg: AntiPaSTORotConfig, dtype: torch.dtype = torch.float32) -> float:
+        return math.inf if cfg.init_std else 0.0  # d is added to S, whose size only W tells
+
+    def init_core(self, rng: torch.Generator) -> None:
+        self.d.normal_(0.0, self.cfg.init_std, generator=rng)
+
     def delta(self, h: Coordinates, c: Tensor) -> Coordinates:
         with full_precision(h.device):
-            D = self._core(c.to(h.device))
-        lead = c.shape[:1] if c.ndim else ()
-        return (h.reshape(*lead, -1, self.r) @ cast(D, h).mT).reshape(h.shape)
+            return blockwise(self._blocks(c.to(h.device)[..., None, None]), h)
 
-    def _core(self, c: Tensor) -> Float[Tensor, "*c r r"]:
-        """The matrix D of delta(h) = D h, made of the blocks on its diagonal."""
+    def _blocks(self, c: Tensor) -> Blocks:
+        """The blocks on the diagonal of D in delta(h) = D h."""
         bs, kind = self.cfg.block_size, self.cfg.rotate_basis
-        c = c.reshape(*c.shape[:1], 1, 1, 1) if c.ndim else c
         S, d, inverse_S = (double(t).reshape(-1, bs, 1) for t in (self.S, self.d, self.inverse_S))
         eye = torch.eye(bs, dtype=S.dtype, device=S.device)
         D = c * d * inverse_S * eye
@@ -100,17 +108,12 @@ class AntiPaSTORot(FrozenBasisAdapter):
         if kind in ("U", "both"):
             turn = self.turn(self.rot_T if kind == "U" else self.rot_T_u, -c)  # type: ignore[arg-type]
             D = turn @ (eye + D) + D
-        n = D.shape[-3]
-        apart = torch.eye(n, dtype=D.dtype, device=D.device)[:, None, :, None]  # block k in rows and columns k
-        return (D.unsqueeze(-2) * apart).reshape(*D.shape[:-3], self.r, self.r)
+        return D
 
     def turn(self, rot_T: Tensor, c: Tensor) -> Blocks:
         """R(c) - I, block by block; R(-c) = R(c)^T. Exactly 0 at rot_T = 0."""
         bs, L = self.cfg.block_size, 2 * math.tan(self.cfg.max_rotation_angle / 2)
-        row, column = torch.triu_indices(bs, bs, 1, device=rot_T.device)
-        entries = double(rot_T)
-        T = entries.new_zeros(rot_T.shape[0], bs, bs)
-        T[:, row, column] = entries
+        T = double(rot_T).new_zeros(rot_T.shape[0], bs, bs)
+        T[(slice(None), *torch.triu_indices(bs, bs, 1, device=rot_T.device))] = double(rot_T)
         X = L / 2 * torch.tanh(c * (T - T.mT) / (2 * L))
-        eye = torch.eye(bs, dtype=X.dtype, device=X.device)
-        return 2 * torch.linalg.solve(eye - X, X)
+        return 2 * torch.linalg.solve(torch.eye(bs, dtype=X.dtype, device=X.device) - X, X)

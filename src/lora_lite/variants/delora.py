@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lite.adapter import Adapter, Input, LowRank, Output, cast, kaiming_uniform_, register, scaled
+from lora_lite.adapter import Adapter, Input, LowRank, Output, kaiming_uniform_, register
 from lora_lite.config import AdapterConfig, is_number, require
 from lora_lite.linear import dense
+from lora_lite.numerics import read, scaled
 
 SMALLEST_NORM = 1e-4  # keeps the normalised factors defined at 0
 
@@ -42,8 +43,8 @@ class DeLoRAConfig(AdapterConfig):
     DeLoRAConfig,
     title="Decoupling Angles and Strength in Low-rank Adaptation",
     arxiv="2503.18225",
-    lr=5e-3,
-    lr_range=(1e-3, 2e-2),
+    lr=1e-3,
+    lr_range=(2e-4, 1e-2),
 )
 class DeLoRA(Adapter):
     """Normalised low-rank directions and one trained strength. c multiplies the change."""
@@ -72,4 +73,4 @@ class DeLoRA(Adapter):
             B * (lam / self.cfg.r / B.norm(dim=0).clamp(min=SMALLEST_NORM))
             for B, lam in ((self.B, self.lam), (self.B0, torch.full_like(self.lam, self.cfg.lambda0)))
         )
-        return scaled(x @ cast(torch.cat([a, a - a0]), x).T, c), torch.cat([b - b0, b0], dim=1)
+        return scaled(read(x, torch.cat([a, a - a0])), c), torch.cat([b - b0, b0], dim=1)

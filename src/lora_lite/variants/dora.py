@@ -13,19 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lite.adapter import (
-    Adapter,
-    Input,
-    Output,
-    add_lowrank,
-    cast,
-    dropout,
-    full_precision,
-    kaiming_uniform_,
-    register,
-    scaled,
-)
+from lora_lite.adapter import Adapter, Input, Output, dropout, kaiming_uniform_, register
 from lora_lite.linear import bias, dense, is_quantized
+from lora_lite.numerics import add_lowrank, cast, double, full_precision, read, scaled, wide
 from lora_lite.variants.lora import LoRAConfig
 
 
@@ -48,35 +38,35 @@ class DoRAConfig(LoRAConfig):
 class DoRA(Adapter):
     """Magnitude and direction of W's rows, trained apart. c multiplies the whole change; the bias is not scaled."""
 
-    W_norm2: Tensor
+    W_norm: Tensor
 
     def __init__(self, cfg: DoRAConfig, i: int, o: int) -> None:
         super().__init__(cfg)
         self.A = self.parameter(cfg.r, i)
         self.B = self.parameter(o, cfg.r)
         self.m = self.parameter(o)
-        self.frozen("W_norm2", o)
+        self.frozen("W_norm", o)
 
     def init(self, layer: nn.Module, stats: Any, rng: torch.Generator) -> None:
         kaiming_uniform_(self.A, rng)
-        self.W_norm2.copy_(dense(layer, torch.float64).square().sum(1))
-        self.m.copy_(self.W_norm2.sqrt())
+        self.W_norm.copy_(dense(layer, torch.float64).norm(dim=1))
+        self.m.copy_(self.W_norm)
 
     @torch.no_grad()
     def norm(self, layer: nn.Module) -> Tensor:
-        """n (o), from the stored ||W||^2, so that m / n is exactly 1 at first."""
-        s, A, B = self.cfg.scaling, self.A, self.B
+        """n (o), from the stored ||W||, so that m / n is exactly 1 at first: fp64 squares fp32 without rounding."""
+        s, A, B = self.cfg.scaling, wide(self.A), wide(self.B)
         with full_precision(A.device):
             W = dense(layer, A.dtype if is_quantized(layer) or A.dtype == torch.float64 else None)
             cross = ((W @ A.T.to(W.dtype)).to(A.dtype) * B).sum(1)
             square = ((B @ (A @ A.T)) * B).sum(1)
-            n = (self.W_norm2 + 2 * s * cross + s**2 * square).clamp(min=0).sqrt()
+            n = (double(self.W_norm).square() + 2 * s * cross + s**2 * square).clamp(min=0).sqrt().to(A.dtype)
             return torch.where(n > 0, n, 1.0)  # m / n stays defined for a row of zeros, where m is 0 too
 
     def change(self, x: Input, y: Output, layer: nn.Module, c: Tensor) -> Output:
-        gain = self.m / self.norm(layer)
+        gain = wide(self.m) / self.norm(layer)
         b = bias(layer)
         linear = y if b is None else y - cast(b, y)
-        h = dropout(x, self.cfg.dropout, self.training) @ cast(self.A, x).T
+        h = read(dropout(x, self.cfg.dropout, self.training), self.A)
         h = scaled(h, c * self.cfg.scaling)
         return add_lowrank(linear * cast(scaled(gain - 1, c), y), h, gain.unsqueeze(1) * self.B)

@@ -67,6 +67,8 @@ class EVA(LoRA):
         shares: list[tuple[float, str]] = []
         for path, (i, _) in shapes.items():
             values = stats[path].eigen(cfg.statistic)[1]
+            if not values.sum() > 0:
+                raise CalibrationError(f"{path}: its inputs do not vary on the calibration data; give more data")
             shares += [(float(value), path) for value in values[: min(int(cfg.rho * cfg.r), i)] / values.sum()]
         kept = [path for _, path in sorted(shares, key=lambda pair: -pair[0])[: cfg.r * len(shapes)]]
         # alpha moves with r, so that every layer keeps the scaling that the config asks for.

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_lite.adapter import Adapter, Input, add_lowrank, cast, full_precision, kaiming_uniform_, register, scaled
+from lora_lite.adapter import Adapter, Input, kaiming_uniform_, register
 from lora_lite.config import AdapterConfig, require
+from lora_lite.numerics import add_lowrank, full_precision, read, scaled, wide
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,8 @@ class HRA(Adapter):
 
     def before(self, x: Input, layer: nn.Module, c: Tensor) -> Input:
         with full_precision(x.device):
-            u = F.normalize(self.U.to(torch.promote_types(self.U.dtype, torch.float32)), dim=1)
+            u = F.normalize(wide(self.U), dim=1)
             half = 0.5 * torch.eye(self.cfg.r, dtype=u.dtype, device=u.device)
             T = torch.linalg.solve_triangular((u @ u.T).triu(1) + half, 2 * half, upper=True)
-        h = x @ cast(u, x).T
-        wide = torch.promote_types(h.dtype, torch.float32)
-        return add_lowrank(x, scaled(cast(-(h.to(wide) @ T.T.to(wide)), x), c), u.T)
+        h = wide(read(x, u))
+        return add_lowrank(x, scaled(-h @ T.T.to(h.dtype), c), u.T)

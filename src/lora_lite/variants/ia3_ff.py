@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lora_lite.adapter import Adapter, Input, cast, register, scaled
+from lora_lite.adapter import Adapter, Input, register
 from lora_lite.config import AdapterConfig
+from lora_lite.numerics import cast, scaled
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lite.adapter import Adapter, Input, LowRank, Output, cast, dropout, kaiming_uniform_, register, scaled
+from lora_lite.adapter import Adapter, Input, LowRank, Output, dropout, kaiming_uniform_, register
 from lora_lite.config import AdapterConfig, is_number, require
+from lora_lite.numerics import read, scaled
 
 
 @dataclass(frozen=True)
@@ -59,5 +60,5 @@ class LoRA(Adapter):
         kaiming_uniform_(self.A, rng)
 
     def change(self, x: Input, y: Output, layer: nn.Module, c: Tensor) -> LowRank:
-        h = dropout(x, self.cfg.dropout, self.training) @ cast(self.A, x).T
+        h = read(dropout(x, self.cfg.dropout, self.training), self.A)
         return scaled(h, c * self.cfg.scaling), self.B

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lite.adapter import Adapter, Input, LowRank, Output, cast, register, scaled
+from lora_lite.adapter import Adapter, Input, LowRank, Output, register
 from lora_lite.basis import singular_directions
 from lora_lite.config import AdapterConfig, require
 from lora_lite.linear import dense
+from lora_lite.numerics import read, scaled
 
 
 @dataclass(frozen=True)
@@ -66,5 +67,5 @@ class PiSSA(Adapter):
             B.copy_(U * root)
 
     def change(self, x: Input, y: Output, layer: nn.Module, c: Tensor) -> LowRank:
-        h = x @ cast(torch.cat([self.A, self.A - self.A0]), x).T
+        h = read(x, torch.cat([self.A, self.A - self.A0]))
         return scaled(h, c * self.cfg.scaling), torch.cat([self.B - self.B0, self.B0], dim=1)

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lora_lite.adapter import Adapter, Input, Output, cast, register, scaled
+from lora_lite.adapter import Adapter, Input, Output, register
 from lora_lite.config import AdapterConfig, is_int, require
+from lora_lite.numerics import cast, scaled
 
 VARIANTS = {"road_1": 1, "road_2": 2, "road_4": 4}
 

@@ -1,9 +1,10 @@
 """Contrastive steering in S-space, without training. After Rimsky et al. 2024, arXiv:2312.06681.
 
-    y' = y + c |d| cos(s, d) U (S^1/2 * d/|d|)        s = S^-1/2 U^T (y - b), restricted to the modes chosen by |d|
+    y' = y + c |d| |cos(s, d)| U (S^1/2 * d/|d|)      s = S^-1/2 U^T (y - b), restricted to the modes chosen by |d|
 
-d (r) = mean s over the positive prompts less that over the negative ones. The cosine is the gate: a token that points
-along d is pushed further, one that points against d is pushed back.
+d (r) = mean s over the positive prompts less that over the negative ones. The cosine is the gate: tokens that do not
+point along d or against it are left alone. With its sign kept (`gate="signed"`) the push turns round where s does, so
+that c = -1 does not steer to the opposite side.
 """
 
 from collections.abc import Mapping
@@ -13,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lite.adapter import register, wide
+from lora_lite.adapter import register
 from lora_lite.config import is_number, require
 from lora_lite.errors import CalibrationError
 from lora_lite.linear import shape
+from lora_lite.numerics import wide
 from lora_lite.sspace import Coordinates, FrozenBasisAdapter, FrozenBasisConfig
 
-GATES = ("signed", "absolute")
+GATES = ("absolute", "signed")
 ROWS = ("last", "mean")
 SMALL = 1e-4  # of the largest S: S^-1/2 would raise the rounding of y along weaker modes above what they carry
 
@@ -30,13 +32,14 @@ class SSpaceConfig(FrozenBasisConfig):
 
     Args:
         tokens: what represents a prompt: its "last" token, or the "mean" of its tokens.
-        gate: "signed": cos(s, d); "absolute": its magnitude, which pushes every token along d.
+        gate: "absolute": |cos(s, d)|, which pushes every token along d for c > 0 and against it for c < 0; "signed":
+            cos(s, d), which pushes each token further to the side where it is.
         unit: length of a full push in units of S^1/2. None: |d|, as measured.
     """
 
     target_roles: tuple[str, ...] = ("writer",)
     tokens: str = "last"
-    gate: str = "signed"
+    gate: str = "absolute"
     unit: float | None = None
 
     def __post_init__(self) -> None:
@@ -58,6 +61,7 @@ class SSpace(FrozenBasisAdapter):
     """A gated push along a measured direction. c multiplies the change."""
 
     d: Tensor
+    divides_by_S = True
 
     def __init__(self, cfg: SSpaceConfig, i: int, o: int) -> None:
         super().__init__(cfg, i, o)
