@@ -1,6 +1,7 @@
 """Many architectures of transformers, tiny: attach, check, train, save, load, detach; or a clear refusal."""
 
 import contextlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,16 @@ def attach(model: nn.Module, arch: Arch) -> ll.Attachment:
         with pytest.raises(ll.TargetError, match=r"does not tell d_model .*LoRAConfig\(d_model=.*target_roles=\(\)"):
             ll.attach(model, cfg)
         cfg = cfg.replace(target_roles=())
-    if not arch.fused:
-        return ll.attach(model, cfg)  # where any warning of ours is an error
-    with pytest.warns(ll.LoraLiteWarning, match=r"fused 3-D weights stay without an adapter.*experts\.gate_up_proj"):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ll.LoraLiteWarning)
         att = ll.attach(model, cfg)
-    assert "out of reach of hooks" in att.summary()
+    said = [str(warning.message) for warning in caught if issubclass(warning.category, ll.LoraLiteWarning)]
+    assert len(said) == arch.fused + bool(arch.inner), said
+    if arch.fused:
+        assert any("fused 3-D weights stay without an adapter" in words for words in said)
+        assert "out of reach of hooks" in att.summary()
+    assert len(att.left_out) == arch.inner
+    assert all(f"{arch.inner} linear layers left out" in words for words in said if "fused" not in words)
     return att
 
 

@@ -109,7 +109,7 @@ def test_each_has_its_own_coefficient() -> None:
 def test_detaching_one_leaves_the_others(method: str) -> None:
     """Bitwise: outputs, tensors, coefficient; in the order attached and the reverse, on the same and other layers."""
     models = [tiny_llama(num_hidden_layers=1) for _ in range(3)]
-    settings: dict[str, Any] = {"target_names": ("_proj",)}
+    settings: dict[str, Any] = {"target_names": ("_proj$",)}
     for index, model in enumerate(models):
         if index == 1:
             attached(model, "lora", name="x", **settings)

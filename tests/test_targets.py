@@ -45,7 +45,7 @@ def test_no_filter_takes_every_reader_and_writer() -> None:
     assert paths(model) == [c.path for c in candidates(model) if c.path != "lm_head"]  # in the model's order
 
 
-def test_names_are_searched_in_the_path() -> None:
+def test_names_are_whole_parts_and_regexes_are_searched() -> None:
     model = tiny_llama()
     assert chosen(model, target_names=("q_proj", r"mlp\.down")) == {"q_proj", "down_proj"}
     assert chosen(model, target_names=("self_attn",)) == set(ATTENTION)
@@ -60,9 +60,116 @@ def test_layer_index_is_the_first_integer_of_the_path() -> None:
     assert paths(nested, target_roles=(), layers=(0,)) == ["blocks.0.0", "blocks.0.1"]
 
 
+@pytest.mark.parametrize("name", ["layers.1", "layers.1.", "model.layers.1", "1"])
+def test_a_plain_name_is_whole_parts(name: str) -> None:
+    model = tiny_llama(num_hidden_layers=12)
+    assert {path.split(".")[2] for path in paths(model, target_names=(name,))} == {"1"}
+    assert {path.split(".")[2] for path in paths(model, target_names=(r"layers\.1",))} == {"1", "10", "11"}
+    kept = {path.split(".")[2] for path in paths(model, exclude_names=(name, "lm_head"))}
+    assert kept == {str(index) for index in range(12)} - {"1"}
+
+
+def test_a_name_within_parts_is_answered_with_the_regex() -> None:
+    model = ARCHITECTURES["phi3"].make()
+    words = r"'v_proj' matches no linear layer; it is no whole part of a path, but lies within qkv_proj \(2 times\)"
+    with pytest.raises(ll.TargetError, match=words + r".*regex '\.\*v_proj'"):
+        select(model, ll.LoRAConfig(target_names=("v_proj",)))
+    assert chosen(model, target_names=(".*v_proj",)) == {"qkv_proj"}
+    assert chosen(model, target_names=("qkv_proj",)) == {"qkv_proj"}
+    parts = nn.ModuleDict({"a": nn.Linear(2, 2), "norm1": nn.LayerNorm(2)})
+    with pytest.raises(ll.TargetError, match=r"train_also: 'norm' matches no parameter; .* lies within norm1"):
+        ll.attach(parts, ll.LoRAConfig(target_names=("a",)), train_also=("norm",))
+    for bad in ("(", "a{99999999999}", "(" * 3000, "(" * 5000 + ")" * 5000):
+        with pytest.raises(ll.TargetError, match=r"train_also: .*regular expression"):
+            ll.attach(parts, ll.LoRAConfig(target_names=("a",)), train_also=(bad,))
+        with pytest.raises(ValueError, match=r"target_names: .*regular expression"):
+            ll.LoRAConfig(target_names=(bad,))
+
+
+def test_t5_k_and_o_are_the_attentions_layers() -> None:
+    assert len(paths(ARCHITECTURES["t5"].make(), target_names=("k", "o"))) == 12
+
+
+@pytest.mark.parametrize(
+    ("arch", "names", "expected"),
+    [
+        ("llama", ("q_proj", "lm_head"), {"q_proj", "lm_head"}),
+        ("llama", (r"(q_proj|lm_head)$",), {"q_proj", "lm_head"}),
+        ("deepseek_v3", ("q_b_proj", "kv_b_proj"), {"q_b_proj", "kv_b_proj"}),
+        ("mamba", ("x_proj",), {"x_proj"}),
+        ("llava", ("vision_tower",), {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}),
+    ],
+)
+def test_what_is_named_is_adapted_whatever_the_defaults(arch: str, names: tuple[str, ...], expected: set[str]) -> None:
+    model = ARCHITECTURES[arch].make()
+    assert chosen(model, target_names=names) == expected
+    with pytest.raises(ll.TargetError):  # roles that are given act on names as well, and a name never ends empty
+        select(model, ll.LoRAConfig(target_names=names, target_roles=("inner",), d_model=5, exclude_names=(r"\w",)))
+
+
+def test_a_name_that_ends_empty_beside_another_is_an_error() -> None:
+    model = ARCHITECTURES["mamba"].make()
+    with pytest.raises(ll.TargetError, match=r"target_names has 'x_proj', but .* leave out every layer of that name"):
+        select(model, ll.LoRAConfig(target_names=("in_proj", "x_proj"), target_roles=("reader", "writer")))
+
+
+@pytest.mark.parametrize(("vision", "text"), [(24, 32), (32, 24), (64, 32)])
+def test_d_model_is_each_towers_own(vision: int, text: int) -> None:
+    arch = ARCHITECTURES["clip"]
+    settings = {
+        key: {**arch.settings[f"{key}_config"], "hidden_size": width}
+        for key, width in (("vision", vision), ("text", text))
+    }
+    model = replace(arch, settings={f"{key}_config": value for key, value in settings.items()} | {"projection_dim": 8})
+    assert len(paths(model.make())) == 26
+
+
+def test_d_model_is_each_stages_own() -> None:
+    settings = {**ARCHITECTURES["swin"].settings, "depths": [1, 1, 1], "num_heads": [2, 2, 2]}
+    model = replace(ARCHITECTURES["swin"], settings=settings).make()  # widths 16, 32 and 64 = 4 x 16
+    found = paths(model)
+    assert found == [c.path for c in candidates(model)] and len(found) == 3 * 6 + 2 + 1
+    readers = paths(model, target_roles=("reader",))
+    assert "swin.encoder.layers.0.blocks.0.mlp.fc1" in readers
+    assert "swin.encoder.layers.0.blocks.0.mlp.fc2" not in readers
+
+
+def test_a_model_within_a_sequential_knows_its_width_and_layers() -> None:
+    model = nn.Sequential(bert(), nn.Linear(32, 2))
+    assert "1" in paths(model)
+    first = paths(model, layers=(0,))
+    assert len(first) == 6 and all(path.startswith("0.bert.encoder.layer.0.") for path in first)
+    assert paths(model, layers=(1,)) == [path.replace("layer.0", "layer.1") for path in first]
+
+
+def test_layer_index_without_and_with_repeated_blocks() -> None:
+    block = lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU())  # noqa: E731
+    stack = nn.Sequential(block(), block())
+    assert paths(stack, target_roles=(), layers=(1,)) == ["1.0"]
+    assert paths(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), target_roles=(), layers=(1,)) == ["1"]
+    towers = nn.ModuleDict({"0": stack, "7": nn.ModuleList([block()])})
+    assert paths(towers, target_roles=(), layers=(0,)) == ["0.0.0", "7.0.0"]
+
+
+def test_what_was_left_out_and_matched_is_said() -> None:
+    model = ARCHITECTURES["mamba"].make()
+    words = r"4 linear layers left out by default, for instance backbone\.layers\.0\.mixer\.x_proj \(64 -> 10\)"
+    with pytest.warns(ll.LoraLiteWarning, match=words):
+        att = ll.attach(model, ll.LoRAConfig())
+    assert len(att.left_out) == 4 and "4 linear layers left out, for instance backbone.layers.0" in att.summary()
+    ll.detach(model)
+    assert not ll.attach(model, ll.LoRAConfig(target_roles=("reader", "writer"))).left_out  # asked for
+    ll.detach(model)
+    att = ll.attach(model, ll.LoRAConfig(target_names=("in_proj", r"mixer\.x")))
+    assert att.matched == {"in_proj": 2, r"mixer\.x": 2} and "'in_proj' 2 layers" in att.summary()
+    llama = tiny_llama()
+    with pytest.warns(ll.LoraLiteWarning, match="1 linear layers left out by default, for instance lm_head"):
+        ll.attach(llama, ll.LoRAConfig(target_names=(".*",)))
+
+
 def test_exclusion_wins_over_names() -> None:
     model = tiny_llama()
-    assert chosen(model, target_names=("proj",), exclude_names=("mlp", "lm_head")) == set(ATTENTION)
+    assert chosen(model, target_names=("proj$",), exclude_names=("mlp", "lm_head")) == set(ATTENTION)
     with pytest.raises(ll.TargetError, match=r"exclude_names = .*'q_proj'.* leaves out every match \(.*q_proj"):
         select(model, ll.LoRAConfig(target_names=("q_proj",), exclude_names=("q_proj",)))
 
@@ -189,7 +296,8 @@ def test_the_head_is_never_adapted_unasked(tied: bool) -> None:
         for fields in ({}, {"target_roles": ()}, {"target_names": (".",), "target_roles": ()}):
             assert head not in paths(model, **fields)
         with pytest.raises(ll.TargetError, match=f"exclude_names = .* leaves out every match .{head}"):
-            select(model, ll.LoRAConfig(target_names=(head,)))
+            select(model, ll.LoRAConfig(target_names=(head,), exclude_names=("lm_head",)))
+        assert paths(model, target_names=(head,)) == [head]  # a name that is given goes before the default
         assert head in paths(model, exclude_names=(), target_roles=())
         assert paths(model, target_names=(head,), exclude_names=()) == [head]
 

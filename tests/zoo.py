@@ -71,6 +71,7 @@ class Arch:
         targets: how many layers a config with the default targets is to find; 0: d_model is not known.
         batch: a batch with labels.
         fused: whether part of the weights is out of reach of hooks.
+        inner: how many layers neither read nor write a residual stream, so that the defaults leave them out.
     """
 
     model: str
@@ -79,6 +80,7 @@ class Arch:
     targets: int
     batch: Callable[[], dict[str, Any]] = language
     fused: bool = False
+    inner: int = 0
     extra: dict[str, Any] = field(default_factory=dict)
 
     def make(self) -> nn.Module:
@@ -123,7 +125,7 @@ ARCHITECTURES = {
         "DeepseekV3ForCausalLM", "DeepseekV3Config",
         {**TEXT, **EXPERTS, "num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 2, "topk_group": 1,
          "first_k_dense_replace": 1, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8,
-         "v_head_dim": 8}, 12, fused=True,
+         "v_head_dim": 8}, 12, fused=True, inner=4,
     ),
     # encoders
     "bert": Arch("BertForMaskedLM", "BertConfig", TEXT, 13),
@@ -155,7 +157,7 @@ ARCHITECTURES = {
     "swin": Arch(
         "SwinForImageClassification", "SwinConfig",
         {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4},
-        8, pictures,
+        14, pictures,
     ),
     "convnext": Arch(
         "ConvNextForImageClassification", "ConvNextConfig",
@@ -176,15 +178,15 @@ ARCHITECTURES = {
         "LlavaForConditionalGeneration", "LlavaConfig",
         {"text_config": {**GROUPED, "model_type": "llama", "vocab_size": 62}, "image_token_index": IMAGE,
          "vision_config": {**VISION, "model_type": "clip_vision_model", "hidden_size": 24, "image_size": 32,
-                           "patch_size": 16}, "vision_feature_layer": -1}, 16, image_and_text,
+                           "patch_size": 16}, "vision_feature_layer": -1}, 28, image_and_text,
     ),
     # state spaces and recurrent
-    "mamba": Arch("MambaForCausalLM", "MambaConfig", STATE_SPACE, 4),
+    "mamba": Arch("MambaForCausalLM", "MambaConfig", STATE_SPACE, 4, inner=4),
     "mamba2": Arch(
         "Mamba2ForCausalLM", "Mamba2Config",
         {**STATE_SPACE, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 4}, 4,
     ),
-    "falcon_mamba": Arch("FalconMambaForCausalLM", "FalconMambaConfig", STATE_SPACE, 4),
+    "falcon_mamba": Arch("FalconMambaForCausalLM", "FalconMambaConfig", STATE_SPACE, 4, inner=4),
     # Its recurrent state, kept in eval mode unless told not to, is written in place: no backward pass goes through it.
     "rwkv": Arch("RwkvForCausalLM", "RwkvConfig", {**without(STATE_SPACE, "state_size"), "context_length": 64}, 14,
                  extra={"use_cache": False}),

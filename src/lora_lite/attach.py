@@ -2,6 +2,7 @@
 
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,9 +19,10 @@ from lora_lite.errors import CalibrationError, LoraLiteWarning, StateError, Targ
 from lora_lite.hooks import hook_layer, hook_root
 from lora_lite.linear import execution_device, is_sharded, shape
 from lora_lite.packing import allow_packing, forbid_packing, packing_forbidden
+from lora_lite.patterns import matches, near_misses
 from lora_lite.state import ROOT, Attached, Dial, State, find_root, refuse_merged, root_of, trained_also
 from lora_lite.stats import Statistics, generator
-from lora_lite.targets import near_misses, select, uncovered
+from lora_lite.targets import left_out, left_out_words, select, selection, uncovered
 
 ADAPTER_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule")
@@ -41,8 +43,9 @@ def attach(
         calibration_data: batches for methods that need them (`variants()[...].needs(cfg)`): mappings (called as
             `model(**batch)`, padding masked by `attention_mask`), tuples or tensors. Ignored, with a note, otherwise.
         name: the adapter's name, `[A-Za-z_][A-Za-z0-9_-]*`.
-        train_also: regexes of parameter names outside the adapters (a head, an embedding) to train as well. They are
-            saved in the adapter's file and put back by `detach`; the coefficient does not turn them.
+        train_also: names of modules or parameters outside the adapters (a head, an embedding) to train as well, whole
+            parts or regexes as in `target_names`. They are saved in the adapter's file and put back by `detach`; the
+            coefficient does not turn them.
     Returns:
         The `Attachment`.
     Raises:
@@ -73,13 +76,18 @@ def attach(
     indices = {path: index for path, (_, index) in targets.items() if path in built}
     if missing := uncovered(model):
         _warn_uncovered(missing)
+    selections = [selection(model, each) for each in configs]
+    if words := left_out_words(selections):
+        warnings.warn(words, LoraLiteWarning, stacklevel=2)
     pairs = {path: (layers[path], adapter) for path, adapter in built.items()}
-    return commit(model, configs, name, pairs, indices, also, cost)
+    commit(model, configs, name, pairs, indices, also, cost)
+    attached = model.__dict__[ROOT].adapters[name]
+    attached.matched = {pattern: count for each in selections for pattern, count in each.matched.items()}
+    attached.left_out = list(left_out(selections))
+    return attachment(model, name)
 
 
 def _warn_uncovered(missing: dict[str, int]) -> None:
-    import warnings
-
     names = list(missing)
     warnings.warn(
         f"fused 3-D weights stay without an adapter, since no layer is called for them: {', '.join(names[:4])}"
@@ -169,7 +177,7 @@ def find_train_also(
 ) -> dict[str, nn.Parameter]:
     """The base parameters that `train_also` names, by their (first) name; those of adapted layers are refused."""
     if isinstance(patterns, str):
-        raise ValueError(f"train_also = {patterns!r}: must be a sequence of regexes, e.g. ('lm_head',)")
+        raise ValueError(f"train_also = {patterns!r}: must be a sequence of names or regexes, e.g. ('lm_head',)")
     named = {key: p for key, p in model.named_parameters(remove_duplicate=False) if not is_adapters_key(key, model)}
     adapted = {id(p) for layer, _ in targets.values() for p in layer.parameters()}
     found = find_root(model)
@@ -179,7 +187,10 @@ def find_train_also(
     chosen: dict[int, tuple[str, nn.Parameter]] = {}
     owners = [key.rpartition(".")[0] or key for key in named]
     for pattern in patterns:
-        matching = {key: p for key, p in named.items() if re.search(pattern, key)}
+        try:
+            matching = {key: p for key, p in named.items() if matches(pattern, key)}
+        except ValueError as error:
+            raise TargetError(f"train_also: {error}") from error
         if not matching:
             raise TargetError(f"train_also: {pattern!r} matches no parameter; {near_misses(pattern, owners)}")
         for key, parameter in matching.items():

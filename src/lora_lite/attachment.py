@@ -1,7 +1,7 @@
 """The record of what is attached under one name."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ class Attachment:
         targets: module path -> adapter module.
         also: names of the base parameters trained with it (`train_also`).
         cost: what attaching cost; None where it was loaded.
+        matched: how many layers each of the config's `target_names` adapts; empty where it was loaded.
+        left_out: linear layers that defaults leave out, heads aside, since they neither read nor write a residual
+            stream; empty where names were given, or where it was loaded.
     """
 
     name: str
@@ -29,6 +32,8 @@ class Attachment:
     base_size: int
     uncovered: dict[str, int]
     cost: AttachCost | None = None
+    matched: dict[str, int] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
 
     @property
     def num_trainable(self) -> int:
@@ -63,6 +68,12 @@ class Attachment:
             f"{self.name}: {self.num_trainable:,} trained ({share:.3g}% of the base's {self.base_size:,}), "
             f"{self.num_frozen:,} stored frozen, {len(self.targets)} layers; {self.megabytes:.3g} MB in a file"
         )
+        if self.matched:
+            counts = ", ".join(f"{name!r} {count} layers" for name, count in self.matched.items())
+            lines.append(f"target_names: {counts}")
+        if self.left_out:
+            few = ", ".join(self.left_out[:2])
+            lines.append(f"{len(self.left_out)} linear layers left out, for instance {few}")
         if self.cost is not None:
             lines.append(str(self.cost))
         if self.uncovered:
@@ -82,7 +93,9 @@ def attachment(model: nn.Module, name: str = "default") -> Attachment:
     root, state = root_of(model, name)
     size = sum(p.numel() for key, p in root.named_parameters() if not is_adapters_key(key, root))
     adapters, also = adapters_of(root, name), trained_also(root, name)
-    return Attachment(name, adapters, also, size, uncovered(root), state.adapters[name].cost)
+    attached = state.adapters[name]
+    known = {"cost": attached.cost, "matched": dict(attached.matched), "left_out": list(attached.left_out)}
+    return Attachment(name, adapters, also, size, uncovered(root), **known)
 
 
 def is_adapters_key(key: str, model: nn.Module) -> bool:

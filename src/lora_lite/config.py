@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,9 +9,21 @@ from typing import Any, ClassVar
 
 import torch
 
+from lora_lite.patterns import compile_pattern
+
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROLES = ("reader", "writer", "inner")
-DEFAULT_EXCLUDE = ("lm_head", "embed_tokens")
+
+
+class Default(tuple[str, ...]):
+    """The value of a field of strings that nobody gave. It compares and prints as any other tuple, but names of layers
+    that were given go before it."""
+
+    __slots__ = ()
+
+
+DEFAULT_ROLES = Default(("reader", "writer"))
+DEFAULT_EXCLUDE = Default(("lm_head", "embed_tokens"))
 
 
 def require(ok: bool, config: object, field: str, allowed: str) -> None:
@@ -39,7 +50,7 @@ def _strings(config: object, field: str) -> None:
     ok = isinstance(value, Iterable) and not isinstance(value, str)
     strings = tuple(value) if ok else ()  # read once: an iterator gives its items only once
     require(ok and all(isinstance(v, str) for v in strings), config, field, "a tuple of strings, e.g. ('q_proj',)")
-    object.__setattr__(config, field, strings)
+    object.__setattr__(config, field, value if isinstance(value, Default) else strings)
 
 
 @dataclass(frozen=True)
@@ -50,13 +61,19 @@ class AdapterConfig:
         r: rank, or number of directions. At least 1.
         alpha: numerator of the scaling alpha / r. Finite.
         dtype: dtype of the adapter's tensors, kept even when the model is cast.
-        target_names: regexes (`re.search` on the module path); a layer must match one. Empty: no filter.
+        target_names: names of the layers to adapt: whole parts of the module path ("q_proj", "layers.1.mlp"), or
+            regexes (anything with characters other than letters, digits, "_", "-" and "."; searched in the path). A
+            layer must match one; what is named is adapted unless roles or exclusions that are given too leave it out.
+            Empty: no filter.
         target_roles: which of "reader" (d_model -> other), "writer" (other -> d_model), "inner" to adapt.
-            Empty: roles are not asked for.
-        exclude_names: regexes of module paths to leave out. "lm_head" and "embed_tokens" also stand for whatever the
-            model calls its output head and its input embedding.
-        layers: indices (the first integer in the module path) to adapt. None: all.
-        d_model: width of the residual stream; None: read from `model.config`.
+            Empty: roles are not asked for. The default is not asked for either where names are given.
+        exclude_names: names or regexes of modules to leave out. "lm_head" and "embed_tokens" also stand for whatever
+            the model calls its output head and its input embedding; as the default they give way to names that spell
+            these.
+        layers: indices of the repeated blocks to adapt: places in the outermost list of blocks, such as `model.layers`.
+            None: all.
+        d_model: width of the residual stream; None: read from the config of the model or of each of its towers, or
+            measured where a stage has another.
         seed: seeds the initial values, together with the path of the layer.
     Raises:
         ValueError: a field outside its allowed values, which the message lists.
@@ -66,7 +83,7 @@ class AdapterConfig:
     alpha: float = 16.0
     dtype: torch.dtype = torch.float32
     target_names: tuple[str, ...] = ()
-    target_roles: tuple[str, ...] = ("reader", "writer")
+    target_roles: tuple[str, ...] = DEFAULT_ROLES
     exclude_names: tuple[str, ...] = DEFAULT_EXCLUDE
     layers: tuple[int, ...] | None = None
     d_model: int | None = None
@@ -94,11 +111,9 @@ class AdapterConfig:
         for field in ("target_names", "exclude_names"):
             for pattern in getattr(self, field):
                 try:
-                    re.compile(pattern)
-                except re.error as error:
-                    raise ValueError(
-                        f"{type(self).__name__}.{field}: {pattern!r} must be a valid regular expression ({error})"
-                    ) from error
+                    compile_pattern(pattern)
+                except ValueError as error:
+                    raise ValueError(f"{type(self).__name__}.{field}: {error}") from error
         require(set(self.target_roles) <= set(ROLES), self, "target_roles", f"a subset of {ROLES}")
         if self.layers is not None:
             layers = tuple(self.layers) if isinstance(self.layers, Iterable) else ()

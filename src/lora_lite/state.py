@@ -41,14 +41,16 @@ class Dial:
 
 @dataclass
 class Attached:
-    """One attached adapter: its configs, the config of each target, what `train_also` was before, and what attaching
-    cost (None where it was loaded)."""
+    """One attached adapter: its configs, the config of each target, what `train_also` was before, what attaching
+    cost (None where it was loaded), how many layers each given name matched, and what defaults left out."""
 
     configs: list[AdapterConfig]
     dial: Dial
     targets: dict[str, int]
     originals: dict[str, Tensor] = field(default_factory=dict)
     cost: AttachCost | None = None
+    matched: dict[str, int] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
 
 
 @dataclass

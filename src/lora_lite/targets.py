@@ -1,69 +1,117 @@
 """Which layers a config adapts: filter by name, layer index and exclusion first, then classify by shape."""
 
 import contextlib
-import difflib
-import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from lora_lite.config import DEFAULT_EXCLUDE, AdapterConfig
+from lora_lite.config import DEFAULT_EXCLUDE, AdapterConfig, Default
 from lora_lite.errors import TargetError
 from lora_lite.linear import is_linear, shape
+from lora_lite.patterns import matches, near_misses, spells
+from lora_lite.streams import D_MODEL_FIELDS, Streams, d_model_of
+from lora_lite.streams import role as role_of
 
-# Which square layers (d_model -> d_model) write into the residual stream: the usual names of attention outputs and of
-# second MLP layers. All other square layers read.
-WRITER_NAMES = re.compile(
-    r"(^|[._])(o|o_proj|out_proj|c_proj|out|wo|to_out|fc2|w2|down_proj|dense_4h_to_h|proj_out|linear2|out_lin|lin2)"
-    r"(\.\d+)?$|(attention|attn|output|self)\.(dense|proj)$|mlp\.proj$"
-)
-D_MODEL_FIELDS = ("hidden_size", "d_model", "n_embd", "embed_dim", "dim")
+__all__ = [
+    "Candidate",
+    "Selection",
+    "candidates",
+    "d_model_of",
+    "near_misses",
+    "role",
+    "select",
+    "selection",
+    "uncovered",
+]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A linear layer of the model, by its path."""
+    """A linear layer of the model, by its path; `index` is that of the repeated block it lies in (None: in none)."""
 
     path: str
     layer: nn.Module
     i: int
     o: int
+    index: int | None = None
 
-    @property
-    def index(self) -> int | None:
-        """The first integer in the path: the layer's index."""
-        numbers = (part for part in self.path.split(".") if part.isdigit())
-        return next((int(part) for part in numbers), None)
+
+@dataclass(frozen=True)
+class Selection:
+    """What a config selects in a model.
+
+    Attributes:
+        layers: module path -> layer.
+        matched: each of the names that the config gives -> how many layers it adapts.
+        left_out: paths of layers that a default leaves out unasked, heads and embeddings aside: they neither read nor
+            write a residual stream. Naming them adapts them.
+        unspelled: paths of heads that a regex of the config matches, but does not spell, so that they stay left out.
+    """
+
+    layers: dict[str, nn.Module]
+    matched: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, tuple[int, int]] = field(default_factory=dict)
+    unspelled: tuple[str, ...] = ()
 
 
 def candidates(model: nn.Module) -> list[Candidate]:
     """Every linear layer of the model, in the order of `named_modules`; adapters themselves hold none."""
-    found = ((path, module) for path, module in model.named_modules() if path and is_linear(module))
-    return [Candidate(path, module, *shape(module)) for path, module in found]
+    modules = dict(model.named_modules())
+    paths = [path for path, module in modules.items() if path and is_linear(module)]
+    indices = _indices(modules, paths)
+    return [Candidate(path, modules[path], *shape(modules[path]), indices[path]) for path in paths]
 
 
-def d_model_of(model: nn.Module) -> int | None:
-    """Width of the residual stream according to `model.config` (its text part, if it has several)."""
-    config: Any = getattr(model, "config", None)
-    text = getattr(config, "get_text_config", None)
-    for source in (text() if callable(text) else None, config):
-        for field in D_MODEL_FIELDS:
-            if isinstance(value := getattr(source, field, None), int):
-                return value
-    return None
+def _indices(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> dict[str, int | None]:
+    """The layer index of each path: its place in the outermost list of repeated blocks around it.
+
+    In a model without such a list it is the first integer of the path.
+    """
+    lists = {path: kind for path, module in modules.items() if (kind := _repeats(module)) is not None}
+    found: dict[str, int | None] = {}
+    for path in paths:
+        parts = path.split(".")
+        around = [above for n in range(len(parts)) if (above := ".".join(parts[:n])) in lists]
+        of = next((above for above in around if lists[above]), next(iter(around), None))  # a ModuleList first
+        if of is not None:
+            child = parts[of.count(".") + 1 if of else 0]
+            found[path] = list(modules[of]._modules).index(child)
+    if found:
+        return {path: found.get(path) for path in paths}
+    return {path: next((int(part) for part in path.split(".") if part.isdigit()), None) for path in paths}
 
 
-def role(candidate: Candidate, d_model: int) -> str:
-    """ "reader" (d_model -> other), "writer" (other -> d_model) or "inner"; names decide for square layers only."""
-    reads, writes = candidate.i == d_model, candidate.o == d_model
-    if reads and writes:
-        return "writer" if WRITER_NAMES.search(candidate.path) else "reader"
-    return "reader" if reads else "writer" if writes else "inner"
+def _repeats(module: nn.Module) -> bool | None:
+    """Whether `module` lists a model's repeated blocks: True for a ModuleList of them, False for a Sequential, None for
+    what is neither. Blocks are modules of modules, and in a ModuleList (of one, or where a kind comes twice) they need
+    not all be of a kind, as in hybrids of attention and state spaces."""
+    if not isinstance(module, nn.ModuleList | nn.Sequential):
+        return None
+    kinds = [type(child) for child in module if child._modules and not is_linear(child)]
+    if len(kinds) < len(module) or not kinds:
+        return None
+    if isinstance(module, nn.ModuleList):
+        return True if len(kinds) == 1 or len(set(kinds)) < len(kinds) else None
+    return False if len(kinds) > 1 and len(set(kinds)) == 1 else None
+
+
+def role(candidate: Candidate, *d_model: int) -> str:
+    """ "reader", "writer" or "inner" of a layer beside streams of these widths."""
+    return role_of(candidate.path, candidate.i, candidate.o, d_model)
 
 
 def select(model: nn.Module, cfg: AdapterConfig) -> dict[str, nn.Module]:
-    """The target layers of `cfg` in `model`, by path.
+    """The target layers of `cfg` in `model`, by path. Raises as `selection` does."""
+    return selection(model, cfg).layers
+
+
+def selection(model: nn.Module, cfg: AdapterConfig) -> Selection:
+    """Which layers `cfg` selects in `model`, and what was left out.
+
+    Names that the config gives go before its defaults: what they name is adapted whatever its role, and so is a head.
+    Roles and exclusions that are given as well act on what the names leave.
 
     Raises:
         TargetError: a pattern or layer index that matches nothing, an unknown d_model, or no target at all. The message
@@ -73,69 +121,103 @@ def select(model: nn.Module, cfg: AdapterConfig) -> dict[str, nn.Module]:
     if not everything:
         raise TargetError(f"{type(model).__name__} has no linear layer (in_features, out_features and a 2-D weight)")
     _every_pattern_matches(everything, cfg, model)
-    kept = [c for c in everything if not cfg.target_names or any(re.search(p, c.path) for p in cfg.target_names)]
+    names = () if isinstance(cfg.target_names, Default) else cfg.target_names
+    kept = [c for c in everything if not cfg.target_names or any(matches(p, c.path) for p in cfg.target_names)]
     if cfg.layers is not None:
         kept = [c for c in kept if c.index in cfg.layers]
-    heads = _heads(model, cfg)
-    excluded = [c for c in kept if c.layer in heads or any(re.search(p, c.path) for p in cfg.exclude_names)]
-    kept = [c for c in kept if c not in excluded]
+    kept, excluded = _exclude(model, cfg, kept, names)
     roles: dict[str, str] = {}
-    if cfg.target_roles:
-        d_model = _require_d_model(model, cfg)
-        roles = {c.path: role(c, d_model) for c in kept}
-        kept = [c for c in kept if roles[c.path] in cfg.target_roles]
-    if not kept:
+    asked = () if names and isinstance(cfg.target_roles, Default) else cfg.target_roles
+    if asked:
+        roles = _roles(model, cfg, everything, kept)
+    chosen = [c for c in kept if not asked or roles[c.path] in asked]
+    if not chosen:
         raise TargetError(_nothing_left(everything, excluded, roles, cfg))
-    return {c.path: c.layer for c in kept}
+    matched = {name: sum(matches(name, c.path) for c in chosen) for name in names}
+    if dropped := [name for name, count in matched.items() if not count]:
+        raise TargetError(
+            f"{type(cfg).__name__}: target_names has {dropped[0]!r}, but the config's own layers, exclude_names or "
+            "target_roles leave out every layer of that name; take the name away, or widen those"
+        )
+    unasked = isinstance(cfg.target_roles, Default) and asked
+    left_out = {c.path: (c.i, c.o) for c in kept if unasked and roles[c.path] == "inner"}
+    unspelled = tuple(c.path for c in excluded) if names and isinstance(cfg.exclude_names, Default) else ()
+    return Selection({c.path: c.layer for c in chosen}, matched, left_out, unspelled)
 
 
-def _require_d_model(model: nn.Module, cfg: AdapterConfig) -> int:
-    if (d_model := cfg.d_model or d_model_of(model)) is None:
+def left_out(selections: Sequence[Selection]) -> dict[str, str]:
+    """The layers that defaults left out of all of some selections: path -> its path and shape."""
+    found = {path: f"{path} ({i} -> {o})" for each in selections for path, (i, o) in each.left_out.items()}
+    found |= {path: path for each in selections for path in each.unspelled}
+    return {path: words for path, words in found.items() if not any(path in each.layers for each in selections)}
+
+
+def left_out_words(selections: Sequence[Selection]) -> str:
+    """A sentence about `left_out`; empty where nothing was."""
+    found = list(left_out(selections).values())
+    if not found:
+        return ""
+    return (
+        f"{len(found)} linear layers left out by default, for instance {', '.join(found[:2])}: they neither read nor "
+        "write a residual stream, or are a head; name them in target_names to adapt them, or give target_roles and "
+        "exclude_names to leave them out"
+    )
+
+
+def _exclude(
+    model: nn.Module, cfg: AdapterConfig, kept: list[Candidate], names: Iterable[str]
+) -> tuple[list[Candidate], list[Candidate]]:
+    """What `exclude_names` leaves, and what it takes away; the default gives way to names that spell a layer."""
+    heads = _heads(model, cfg)
+    excluded = [c for c in kept if c.layer in heads or any(matches(p, c.path) for p in cfg.exclude_names)]
+    if isinstance(cfg.exclude_names, Default):
+        excluded = [c for c in excluded if not any(spells(name, c.path) for name in names)]
+    gone = {c.path for c in excluded}
+    return [c for c in kept if c.path not in gone], excluded
+
+
+def _roles(
+    model: nn.Module, cfg: AdapterConfig, everything: Iterable[Candidate], kept: Iterable[Candidate]
+) -> dict[str, str]:
+    if cfg.d_model is not None:
+        return {c.path: role(c, cfg.d_model) for c in kept}
+    streams = Streams(model, {c.path: (c.i, c.o) for c in everything})
+    if not streams.known:
         raise TargetError(
             f"{type(model).__name__}.config does not tell d_model (looked for {', '.join(D_MODEL_FIELDS)}): give "
             f"{type(cfg).__name__}(d_model=...), or target_roles=() to select by name alone"
         )
-    return d_model
+    return {c.path: role(c, *streams[c.path]) for c in kept}
 
 
-def _heads(model: nn.Module, cfg: AdapterConfig) -> list[Any]:
+def _heads(model: nn.Module, cfg: AdapterConfig) -> set[Any]:
     """The output head and input embedding, whatever their names, while the config excludes them by the usual names."""
     getters = {"lm_head": "get_output_embeddings", "embed_tokens": "get_input_embeddings"}
     wanted = [getter for name, getter in getters.items() if name in cfg.exclude_names]
-    found = []
+    found: set[Any] = set()
     for module in model.modules():  # a model may lie within another, such as one with a value head
         for get in (getattr(module, getter, None) for getter in wanted):
             with contextlib.suppress(NotImplementedError, AttributeError):  # transformers' ways to say that it has none
-                found += [get()] if callable(get) else []
+                found |= {get()} if callable(get) else set()
     return found
 
 
 def _every_pattern_matches(everything: list[Candidate], cfg: AdapterConfig, model: nn.Module) -> None:
     paths = [c.path for c in everything]
-    excludes = [pattern for pattern in cfg.exclude_names if pattern not in DEFAULT_EXCLUDE]
+    excludes = () if isinstance(cfg.exclude_names, Default) else cfg.exclude_names
+    excludes = [name for name in excludes if name not in DEFAULT_EXCLUDE]  # they stand for heads of any name too
     modules = [path for path, _ in model.named_modules()]
-    for field, patterns, where in (("target_names", cfg.target_names, paths), ("exclude_names", excludes, modules)):
+    for where, patterns, among in (("target_names", cfg.target_names, paths), ("exclude_names", excludes, modules)):
         for pattern in patterns:
-            if not any(re.search(pattern, path) for path in where):
+            if not any(matches(pattern, path) for path in among):
                 raise TargetError(
-                    f"{type(cfg).__name__}.{field}: {pattern!r} matches no linear layer; {near_misses(pattern, paths)}"
+                    f"{type(cfg).__name__}.{where}: {pattern!r} matches no linear layer; {near_misses(pattern, paths)}"
                 )
     indices = {c.index for c in everything}
     if missing := [index for index in cfg.layers or () if index not in indices]:
         present = sorted(index for index in indices if index is not None)
         known = f"{present[0]} to {present[-1]}" if present else "none: no path has an integer"
         raise TargetError(f"{type(cfg).__name__}.layers: no layer {missing}; the indices are {known}")
-
-
-def near_misses(pattern: str, paths: list[str], most: int = 5) -> str:
-    """A sentence that names what comes closest to `pattern` among the last parts of `paths`, or what there is."""
-    names = sorted({path.rsplit(".", 1)[-1] for path in paths} | set(paths))
-    words = [word for word in re.findall(r"\w+", pattern) if word] or [pattern]
-    close = [name for word in words for name in difflib.get_close_matches(word, names, n=most, cutoff=0.6)]
-    if close:
-        return f"near misses: {', '.join(dict.fromkeys(close))}"
-    last = sorted({path.rsplit(".", 1)[-1] for path in paths if not path.rsplit(".", 1)[-1].isdigit()}) or paths[:most]
-    return f"the names here are {', '.join(last[:20])}"
 
 
 def _nothing_left(everything: list[Candidate], excluded: list[Candidate], roles: dict[str, str], cfg: Any) -> str:

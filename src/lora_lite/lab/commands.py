@@ -179,7 +179,7 @@ class CostFlags:
         dtype: of the base: "float32", "bfloat16" or "auto".
         shapes: only what shapes tell: parameters, bytes and multiply-accumulates. It loads no weights.
         layers: indices of the layers to adapt. None: all.
-        target_names: regexes of the layers to adapt, for methods that do not choose their own.
+        target_names: names or regexes of the layers to adapt, for methods that do not choose their own.
         target_roles: roles of the layers to adapt, for the same methods.
     """
 

@@ -65,7 +65,9 @@ def parse(arguments: Sequence[str]) -> tuple[RunConfig, AdapterConfig, TrainConf
 def to_config(methods: Mapping[str, type], values: Any, seed: int) -> AdapterConfig:
     """The adapter config that the parsed flags of a method stand for."""
     cls = next(ll.variants()[name] for name, flags in methods.items() if type(values) is flags)
-    return cls.Config(seed=seed, **dataclasses.asdict(values))
+    defaults = {field.name: field.default for field in dataclasses.fields(cls.Config)}
+    given = {key: value for key, value in dataclasses.asdict(values).items() if value != defaults[key]}
+    return cls.Config(seed=seed, **given)
 
 
 def method_flags(cls: type[Adapter], defaults: Mapping[str, Any]) -> type:

@@ -51,7 +51,7 @@ class RunConfig:
         test_examples: held-out items to measure on.
         calibration_batches: training batches that methods and bases which need data are calibrated on. Each is one
             forward pass; second moments are better told by 64.
-        train_also: regexes of base parameters to train as well, such as a head or an embedding.
+        train_also: names or regexes of base parameters to train as well, such as a head or an embedding.
         reload_examples: items that the reloaded adapter must answer as the trained one did.
         max_length: longest example in tokens; longer ones are left out and counted.
         out: folder for the adapter, the checkpoints and the result.

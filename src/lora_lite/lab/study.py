@@ -12,6 +12,7 @@ import yaml
 
 import lora_lite as ll
 from lora_lite.adapter import variant_of
+from lora_lite.config import DEFAULT_ROLES
 from lora_lite.lab.arms import ALL, Arm, parse_arms
 from lora_lite.lab.data import MAX_LENGTH
 from lora_lite.lab.models import EMBEDDED, QUANTIZATIONS
@@ -51,7 +52,7 @@ class Study:
             need larger ones.
         rate_ratio: from one rate to the next.
         training: steps, batch size and schedule. Its lr and seed are set by the study.
-        target_names: regexes of the layers to adapt, for methods that do not choose their own.
+        target_names: names or regexes of the layers to adapt, for methods that do not choose their own.
         target_roles: roles of the layers to adapt, for the same methods.
         layers: indices of the layers to adapt. None: all.
         max_length: longest example in tokens; longer ones are left out and counted.
@@ -84,7 +85,7 @@ class Study:
     rate_ratio: float = 3.0
     training: TrainConfig = field(default_factory=TrainConfig)
     target_names: tuple[str, ...] = ()
-    target_roles: tuple[str, ...] = ("reader", "writer")
+    target_roles: tuple[str, ...] = DEFAULT_ROLES
     layers: tuple[int, ...] | None = None
     max_length: int = MAX_LENGTH
     max_new_tokens: int | None = None
@@ -128,7 +129,9 @@ class Study:
 
     def arms(self) -> list[Arm]:
         """The arms. Raises `ArmError` for a line that cannot be read."""
-        common: dict[str, Any] = {"target_roles": self.target_roles}
+        common: dict[str, Any] = {}
+        if self.target_roles != DEFAULT_ROLES:  # else names, if given, go before them
+            common["target_roles"] = self.target_roles
         if self.target_names:
             common["target_names"] = self.target_names
         if self.layers is not None:

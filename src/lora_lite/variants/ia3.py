@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lora_lite.adapter import Adapter, Input, Output, register
-from lora_lite.config import AdapterConfig
+from lora_lite.config import AdapterConfig, Default
 from lora_lite.numerics import cast, scaled
 
 
@@ -17,8 +17,8 @@ class IA3Config(AdapterConfig):
     """IA3 rescales the outputs of the key and value projections, under their usual names. Fused ones are left to you:
     a gain on all of them would rescale queries as well."""
 
-    target_names: tuple[str, ...] = (r"(^|(?<!feed_forward)\.)(k|v|key|value)(_proj|_lin)?$",)
-    target_roles: tuple[str, ...] = ()
+    target_names: tuple[str, ...] = Default((r"(^|(?<!feed_forward)\.)(k|v|key|value)(_proj|_lin)?$",))
+    target_roles: tuple[str, ...] = Default()
     unused = ("r", "alpha")
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lora_lite.adapter import Adapter, Input, register
-from lora_lite.config import AdapterConfig
+from lora_lite.config import AdapterConfig, Default
 from lora_lite.numerics import cast, scaled
 
 
@@ -16,10 +16,10 @@ from lora_lite.numerics import cast, scaled
 class IA3FFConfig(AdapterConfig):
     """IA3 rescales the inputs of the second MLP layer, under its usual names."""
 
-    target_names: tuple[str, ...] = (
-        r"(^|[._])(down_proj|fc2|w2|wo|lin2|linear2|dense_4h_to_h)$|mlp\.c_proj$|(?<!attention\.)output\.dense$",
+    target_names: tuple[str, ...] = Default(
+        [r"(^|[._])(down_proj|fc2|w2|wo|lin2|linear2|dense_4h_to_h)$|mlp\.c_proj$|(?<!attention\.)output\.dense$"]
     )
-    target_roles: tuple[str, ...] = ()
+    target_roles: tuple[str, ...] = Default()
     unused = ("r", "alpha")
 
 

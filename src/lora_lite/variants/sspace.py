@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lite.adapter import register
-from lora_lite.config import is_number, require
+from lora_lite.config import Default, is_number, require
 from lora_lite.errors import CalibrationError
 from lora_lite.linear import shape
 from lora_lite.numerics import wide
@@ -37,7 +37,7 @@ class SSpaceConfig(FrozenBasisConfig):
         unit: length of a full push in units of S^1/2. None: |d|, as measured.
     """
 
-    target_roles: tuple[str, ...] = ("writer",)
+    target_roles: tuple[str, ...] = Default(("writer",))
     tokens: str = "last"
     gate: str = "absolute"
     unit: float | None = None
