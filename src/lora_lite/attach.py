@@ -177,7 +177,7 @@ def find_train_also(
 ) -> dict[str, nn.Parameter]:
     """The base parameters that `train_also` names, by their (first) name; those of adapted layers are refused."""
     if isinstance(patterns, str):
-        raise ValueError(f"train_also = {patterns!r}: must be a sequence of names or regexes, e.g. ('lm_head',)")
+        raise ValueError(f"train_also = {patterns!r}: must be a sequence of regexes, e.g. ('lm_head',)")
     named = {key: p for key, p in model.named_parameters(remove_duplicate=False) if not is_adapters_key(key, model)}
     adapted = {id(p) for layer, _ in targets.values() for p in layer.parameters()}
     found = find_root(model)
