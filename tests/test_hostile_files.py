@@ -184,3 +184,47 @@ def test_a_hostile_rank_takes_no_memory(method: str, r: int, tmp_path: Path) -> 
     with pytest.raises(ll.CheckpointError, match=r"first|second"):
         ll.load(Net(), tmp_path / "bad")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # KiB; r = 10^9 would take 24 GB
+
+
+HOSTILE: dict[str, tuple[Callable[[Any], object], str]] = {
+    "regex count": (lambda h: h["configs"][0]["config"].update(target_names=["a{99999999999}"]), "regular expression"),
+    "nested": (lambda h: h["configs"][0]["config"].update(exclude_names=["(" * 999 + ")" * 999]), "regular expr"),
+    "long regex": (lambda h: h["configs"][0]["config"].update(target_names=["a|" * 10**5]), "characters of regular"),
+    "long name": (lambda h: h["configs"][0]["config"].update(target_names=["a" * 3 * 10**6]), "bytes of metadata"),
+    "own names": (lambda h: h["targets"]["first"]["changes"].update(target_names=["a"]), "first has names of its own"),
+    "targets": (
+        lambda h: h["targets"].update({f"t{n}": h["targets"]["first"] for n in range(10**4)}), "10,002 targets, but",
+    ),
+    "train_also": (lambda h: h["train_also"].extend(f"p{n}" for n in range(10**4)), "10,001 train_also, but the"),
+    "configs": (lambda h: h["configs"].extend(h["configs"] * 10**3), "1,001 configs, but the model has 2 linear"),
+    "rank": (lambda h: h["configs"][0]["config"].update(r=10**400), "first|second"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_metadata_that_ask_for_too_much(name: str, good: bytes, tmp_path: Path) -> None:
+    edit, words = HOSTILE[name]
+    header, tensors = parts(good)
+    edit(header)
+    refused(forged(header, tensors), tmp_path, words)
+
+
+def test_a_sparse_giant_is_refused_unread(tmp_path: Path) -> None:
+    """A file of 2 GB that takes no room on disk, whose names, shapes and rank agree with each other."""
+    header, _ = parts(ll.save(live_net(), tmp_path / "a").read_bytes())
+    header["configs"][0]["config"]["r"] = r = 2**25
+    shapes = {"first.lora.A": [r, 6], "first.lora.B": [5, r], "second.lora.A": [r, 5], "second.lora.B": [4, r]}
+    shapes |= {"first.sketch": [5], "second.sketch": [4], "also.norm.weight": [4]}
+    entries, end = {}, 0
+    for key, dims in shapes.items():
+        size = 4 * dims[0] * (dims[1] if len(dims) > 1 else 1)
+        entries[key] = {"dtype": "F32", "shape": dims, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps({"__metadata__": {METADATA_KEY: json.dumps(header)}, **entries}).encode()
+    with open(tmp_path / "giant", "wb") as handle:
+        handle.write(len(text).to_bytes(8, "little") + text)
+        handle.truncate(8 + len(text) + end)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ll.CheckpointError, match=r"holds 671,088,653 values, more than any adapter of this model"):
+        ll.load(Net(), tmp_path / "giant")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # KiB

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from lora_lite.adapter import Adapter, variant_of, variants
 from lora_lite.config import AdapterConfig, is_int
 from lora_lite.errors import CheckpointError
+from lora_lite.patterns import LONGEST, is_plain
 from lora_lite.rebuild import PROBES
 
 FORMAT = 1
@@ -37,17 +39,51 @@ class File:
         return CheckpointError(f"{self.where}: {message}")
 
 
-def read(where: Path) -> File:
-    """Read a file and check it in itself: format, configs, shapes (before tensors are read), checksum, finiteness."""
+@dataclass(frozen=True)
+class Room:
+    """What a model has room for: a file that asks for much more is refused before it is read.
+
+    Attributes:
+        layers: (i, o) of each linear layer.
+        parameters: number of values of each parameter.
+    """
+
+    layers: list[tuple[int, int]]
+    parameters: list[int]
+
+    @property
+    def header_bytes(self) -> int:
+        """Of the names, shapes and settings of tensors."""
+        return 2**20 + 2**11 * (len(self.layers) + len(self.parameters))
+
+    @property
+    def values(self) -> int:
+        """Of all tensors: adapters of four times the full rank everywhere, and every parameter trained as well."""
+        return 2**24 + sum(self.parameters) + sum(4 * (i + o) * min(i, o) for i, o in self.layers)
+
+
+def read(where: Path, room: Room) -> File:
+    """Read a file and check it in itself: size, format, configs, shapes (before tensors are read), checksum,
+    finiteness."""
     if not where.is_file():
         raise FileNotFoundError(f"no adapter file at {where}")
+    with open(where, "rb") as opened:
+        header_bytes = int.from_bytes(opened.read(8), "little")
+    if room.header_bytes < header_bytes <= where.stat().st_size:
+        raise CheckpointError(
+            f"{where}: has {header_bytes:,} bytes of metadata, more than this model's layers can need"
+        )
     try:
         with safe_open(where, framework="pt") as handle:
             header = _header(where, handle.metadata())
             checked = header.pop("checksum")
+            _check_counts(where, header, room)
             file = _parse(where, header)
             keys = list(handle.keys())
-            _check_shapes(file, {key: handle.get_slice(key) for key in keys})
+            slices = {key: handle.get_slice(key) for key in keys}
+            _check_shapes(file, slices)
+            if (values := sum(math.prod(each.get_shape()) for each in slices.values())) > room.values:
+                raise file.error(f"holds {values:,} values, more than any adapter of this model can have")
             # Cloned, for the tensors that safetensors gives are views of the file and change when it is written to.
             file.tensors.update({key: handle.get_tensor(key).clone() for key in keys})
     except SafetensorError as error:
@@ -76,9 +112,31 @@ def _header(where: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
     return header
 
 
+def _check_counts(where: Path, header: Mapping[str, Any], room: Room) -> None:
+    layers = 100 + 2 * len(room.layers)
+    for key, most in (("targets", layers), ("configs", layers), ("train_also", 100 + 2 * len(room.parameters))):
+        if isinstance(header[key], list | dict) and len(header[key]) > most:
+            raise CheckpointError(
+                f"{where}: lists {len(header[key]):,} {key}, but the model has {len(room.layers)} linear layers and "
+                f"{len(room.parameters)} parameters; the file fits another architecture"
+            )
+
+
+def _check_patterns(configs: Any, targets: Any) -> None:
+    """Refuse more regexes than are compiled in a moment; layers are listed by path, so that none is searched for."""
+    fields = ("target_names", "exclude_names")
+    patterns = [pattern for each in configs for field in fields for pattern in each["config"].get(field, ())]
+    size = sum(len(pattern) for pattern in patterns if isinstance(pattern, str) and not is_plain(pattern))
+    if size > 5 * LONGEST:
+        raise ValueError(f"{size:,} characters of regular expressions")
+    if changed := [path for path, entry in targets.items() if entry["changes"] and set(fields) & set(entry["changes"])]:
+        raise ValueError(f"{changed[0]} has names of its own")
+
+
 def _parse(where: Path, header: dict[str, Any]) -> File:
     known = variants()
     try:
+        _check_patterns(header["configs"], header["targets"])
         configs = [known[each["variant"]].Config.from_dict(each["config"]) for each in header["configs"]]
         targets = {}
         for path, entry in header["targets"].items():
@@ -94,7 +152,7 @@ def _parse(where: Path, header: dict[str, Any]) -> File:
         raise CheckpointError(
             f"{where}: unknown method or missing metadata {error}; methods here: {', '.join(known)}"
         ) from error
-    except (TypeError, ValueError, AttributeError, IndexError) as error:
+    except (TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise CheckpointError(f"{where}: its metadata is not valid: {error}") from error
     return File(where, configs, targets, also, basis, {})
 
@@ -128,7 +186,12 @@ def empty_adapter(file: File, path: str, cfg: AdapterConfig, i: int, o: int) -> 
     try:
         with torch.device("meta"):
             return variant_of(cfg)(cfg, i, o)  # type: ignore[call-arg]
-    except (ValueError, RuntimeError, TypeError) as error:  # the latter two: sizes beyond what torch can count
+    except (
+        ValueError,
+        RuntimeError,
+        TypeError,
+        OverflowError,
+    ) as error:  # the last three: sizes beyond what torch can count
         raise file.error(f"{path}: {str(error).splitlines()[0]}") from error
 
 

@@ -19,6 +19,7 @@ from lora_lite.adapter_file import (
     METADATA_KEY,
     SKETCH_ROWS,
     File,
+    Room,
     checksum,
     empty_adapter,
     read,
@@ -139,7 +140,7 @@ def load(
     else:
         refuse_unready(model, name)
     root = live[0] if live is not None else model
-    file = read(expanded(path))
+    file = read(expanded(path), _room(root))
     if not file.targets:
         raise file.error("has no targets")
     modules, owned = dict(root.named_modules()), taken_parameters(root)
@@ -159,6 +160,11 @@ def load(
         for key, parameter in also.items():
             parameter.copy_(file.tensors[f"also.{key}"])
     return attachment(root, name)
+
+
+def _room(root: nn.Module) -> Room:
+    layers = [shape(module) for module in root.modules() if is_linear(module)]
+    return Room(layers, [parameter.numel() for parameter in root.parameters()])
 
 
 def _find_also(root: nn.Module, file: File, layers: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from lora_lite.patterns import compile_pattern
+from lora_lite.patterns import compile_pattern, is_plain
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROLES = ("reader", "writer", "inner")
@@ -111,7 +111,8 @@ class AdapterConfig:
         for field in ("target_names", "exclude_names"):
             for pattern in getattr(self, field):
                 try:
-                    compile_pattern(pattern)
+                    if not is_plain(pattern):
+                        compile_pattern(pattern)
                 except ValueError as error:
                     raise ValueError(f"{type(self).__name__}.{field}: {error}") from error
         require(set(self.target_roles) <= set(ROLES), self, "target_roles", f"a subset of {ROLES}")

@@ -6,13 +6,13 @@ import re
 from collections.abc import Iterable
 
 LONGEST = 2000  # characters of a regex: what is much longer takes Python seconds to compile
-PLAIN = re.compile(r"[\w.-]*\w[\w.-]*")
+PLAIN = re.compile(r"[\w.-]+")
 
 
 def is_plain(pattern: str) -> bool:
     """Whether `pattern` is a plain name: only letters, digits, "_", "-" and dots, so that it does not look like a
     regex."""
-    return PLAIN.fullmatch(pattern) is not None
+    return PLAIN.fullmatch(pattern) is not None and pattern.strip(".-") != ""
 
 
 @functools.lru_cache(maxsize=4096)
