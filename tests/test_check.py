@@ -235,3 +235,31 @@ def test_under_no_grad() -> None:
     model = net()
     with torch.no_grad(), pytest.raises(ll.CheckError, match="no tensor that depends on the adapters; is it run under"):
         ll.check(model, [X])
+
+
+def test_a_frozen_adapter_beside_a_trained_one() -> None:
+    model = net()
+    frozen = ll.attach(model, tiny("lora"), name="frozen")
+    for adapter in frozen.targets.values():
+        adapter.requires_grad_(False)
+    report = ll.check(model, [X])
+    assert all(not layer.grad_norms for layer in report.layers["frozen"].values())
+    assert all(layer.grad_norms for layer in report.layers["default"].values())
+
+
+class Towers(nn.Module):
+    """Two towers; only the smaller output comes from the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.small, self.large = nn.Linear(6, 4), nn.Linear(6, 60)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"large": self.large(x), "small": self.small(x)}
+
+
+def test_an_effect_on_any_output_counts() -> None:
+    model = Towers()
+    ll.attach(model, tiny("lora", target_names=("small",)))
+    report = ll.check(model, [X])
+    assert report.effect > 0 and report.rows_independent is True

@@ -87,6 +87,7 @@ def check(model: nn.Module, batches: Iterable[Any]) -> CheckReport:
     adapters = {name: adapters_of(root, name) for name in state.adapters}
     report = CheckReport({name: {path: Layer() for path in layers} for name, layers in adapters.items()}, [], 0.0, None)
     trained = [p for layers in adapters.values() for adapter in layers.values() for p in adapter.parameters()]
+    trained = [p for p in trained if p.requires_grad]
     with _put_back(model, trained), _watch(adapters, report):
         for index, p in enumerate(trained):
             _perturb(p, index)
@@ -181,6 +182,8 @@ def _note_gradients(report: CheckReport, adapters: Mapping[str, Mapping[str, Ada
     for name, layers in adapters.items():
         for path, adapter in layers.items():
             for key, p in adapter.named_parameters():
+                if not p.requires_grad:  # frozen by its user, beside others that are trained
+                    continue
                 norm = float("nan") if p.grad is None else float(p.grad.norm())
                 report.layers[name][path].grad_norms[key] = norm
             if report.layers[name][path].calls == 0 and EXPERT.search(path):
@@ -191,23 +194,28 @@ def _note_gradients(report: CheckReport, adapters: Mapping[str, Mapping[str, Ada
 def _turn(model: nn.Module, state: State, batch: Any) -> tuple[float, bool | None]:
     """The effect of c, and whether a one-hot c moves its row alone."""
 
-    def outputs(c: float | Tensor) -> Tensor:
+    def outputs(c: float | Tensor) -> list[Tensor]:
         with scale(model, c):
-            floats = [t for t in tensors_in(run(model, batch)) if t.is_floating_point()]
-        return max(floats, key=lambda t: t.numel())
+            return [t for t in tensors_in(run(model, batch)) if t.is_floating_point() and t.numel()]
 
-    base, full = outputs(0.0), outputs(1.0)
-    effect = float((full - base).abs().max())
-    rows = base.shape[0] if base.ndim > 1 else 1
+    bases = outputs(0.0)
+    changes = [float((full - base).abs().max()) for full, base in zip(outputs(1.0), bases, strict=True)]
+    effect = max(changes, default=0.0)
+    # Rows are told apart in the largest output that moves: one of two towers may have none, a loss has no rows.
+    moving = [at for at, change in enumerate(changes) if change > 0 and bases[at].ndim > 1]
+    if not moving:
+        return effect, None
+    largest = max(moving, key=lambda at: bases[at].numel())
+    base, rows, effect_here = bases[largest], bases[largest].shape[0], changes[largest]
     if rows < 2:
         return effect, None
     one_hot = torch.zeros(rows)
     one_hot[0] = 1.0
     try:
-        moved = outputs(one_hot)
+        moved = outputs(one_hot)[largest]
     except CoefficientError:
         return effect, None
-    noise = 1e-3 * effect
+    noise = 1e-3 * effect_here
     return effect, bool((moved[1:] - base[1:]).abs().max() <= noise)
 
 
@@ -228,7 +236,7 @@ def _raise_findings(report: CheckReport, adapters: Mapping[str, Mapping[str, Ada
                     "another path that reads the weight without calling the layer; leave it out with exclude_names"
                 )
             norms = list(layer.grad_norms.values())
-            if adapters[name][path].trained and not any(norm > 0 and norm < float("inf") for norm in norms):
+            if adapters[name][path].trained and norms and not any(norm > 0 and norm < float("inf") for norm in norms):
                 raise CheckError(
                     f"adapter {name!r} on {path} ran but got no finite, nonzero gradient: {layer.grad_norms}"
                 )
