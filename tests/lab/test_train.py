@@ -84,7 +84,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
             found = load_file(tmp_path / f"{case}-{rank}.safetensors")
             assert found.keys() == alone.keys()
             for key, value in alone.items():
-                torch.testing.assert_close(found[key], value, rtol=1e-4, atol=2e-6, msg=f"{case}, process {rank}, {key}")
+                torch.testing.assert_close(found[key], value, rtol=1e-4, atol=2e-6, msg=f"{case} {rank} {key}")
 
 
 def test_a_run_killed_and_resumed_ends_with_the_same_bits(tmp_path: Path) -> None:

@@ -22,9 +22,7 @@ def trained(case: str) -> dict[str, Tensor]:
     n, batch_size, accumulation = CASES[case]
     rng = torch.Generator().manual_seed(0)
     answers = (1, 30, 2, 25, 1, 40)[:n]
-    items = [
-        Encoded((1, 2, 3), tuple(torch.randint(1, 250, (length,), generator=rng).tolist())) for length in answers
-    ]
+    items = [Encoded((1, 2, 3), tuple(torch.randint(1, 250, (length,), generator=rng).tolist())) for length in answers]
     model = make_llama()
     att = ll.attach(model, ll.LoRAConfig(r=2))
     cfg = TrainConfig(steps=2, batch_size=batch_size, accumulation=accumulation, lr=1e-3, clip=1e9, save_every=0)

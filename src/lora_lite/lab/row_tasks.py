@@ -11,12 +11,12 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from lora_lite.lab.corpora import READERS, load_rows
+from lora_lite.lab.corpora import load_rows
+from lora_lite.lab.row_files import CorpusError, row_format
 from lora_lite.lab.scoring import RIGHT, Finder, Scorer, finder, mentions_number, normal, numeric, scorer
 from lora_lite.lab.tasks import (
     SPLITS,
@@ -59,7 +59,7 @@ class Origin:
     echoes: int = 0
 
     def __str__(self) -> str:
-        return self.source if Path(self.source).suffix in READERS else f"{self.source} ({self.split})"
+        return self.source if row_format(self.source) else f"{self.source} ({self.split})"
 
 
 @dataclass
@@ -198,6 +198,12 @@ def read_part(source: str, split: str, make: Maker, question: str = "question", 
     rows = load_rows(source, split, (question, answer))
     part, echoes = Part({}, Origin(source, split, len(rows)), Counter()), 0
     for row in tqdm(rows, desc=f"read {source}", unit="row", disable=len(rows) < LONG):
+        for name in (question, answer):
+            if isinstance(row[name], list | dict):
+                raise CorpusError(
+                    f"the field {name!r} of {source!r} holds a {type(row[name]).__name__}, not text, as in "
+                    f"{textwrap.shorten(str(row[name]), 80)!r}; name a field of text, or write the text into one"
+                )
         asked, told = (str(row[name]).strip() if row[name] is not None else "" for name in (question, answer))
         if not asked or not told:
             part.left_out["without question or answer"] += 1

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 import lora_lite as ll
-from lora_lite.lab.data import BatchOrder, Encoded, answer_loss, collate
+from lora_lite.lab.data import BatchOrder, Encoded, answer_loss, collate, require_positions
 
 ADAPTER, OPTIMIZER, PROGRESS = "adapter.safetensors", "optimizer.safetensors", "progress.json"
 
@@ -135,6 +135,7 @@ def train(
     Raises:
         TrainingError: a loss that is not finite, an adapter that never ran, or a checkpoint of another run.
     """
+    require_positions(model, max(map(len, items), default=0), "the longest example")
     accelerator = Accelerator(cpu=model.device.type == "cpu")
     found = last_checkpoint(folder) if folder is not None and resume else None
     att = ll.load(model, found / ADAPTER, name=name, overwrite=True) if found else ll.attachment(model, name)
