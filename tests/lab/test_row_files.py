@@ -55,7 +55,7 @@ def test_damage_is_told_with_its_line(name: str, content: str, message: str, tmp
 @pytest.mark.parametrize("answer", [["4"], {"text": "4"}])
 def test_an_answer_that_is_no_text_is_refused(answer: Any, tmp_path: Path) -> None:
     write_rows(tmp_path / "mine.jsonl", [{"question": "2 + 2?", "answer": answer}])
-    with pytest.raises(CorpusError, match=r"field 'answer' of .* holds a (list|dict), not text"):
+    with pytest.raises(CorpusError, match=r"answer of .* is a (list|dict), not text"):
         load_task(str(tmp_path / "mine.jsonl"))
 
 
@@ -94,3 +94,64 @@ def test_a_column_that_nobody_asked_for_may_change_its_type_late(tmp_path: Path)
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     rows = load_rows(tmp_path / "rows.jsonl", "train", ("question", "answer"))
     assert len(rows) == 100_000 and rows[-1] == {"question": "99999?", "answer": "99999"}
+
+
+TURNS = [{"role": "user", "content": "{q}"}, {"role": "assistant", "content": "{a}"}]
+FORMS: dict[str, dict[str, Any]] = {
+    "prompt/completion": {"prompt": "{q}", "completion": "{a}"},
+    "query/response": {"query": "{q}", "response": "{a}"},
+    "alpaca": {"instruction": "{q}", "input": "", "output": "{a}"},
+    "messages": {"messages": TURNS},
+    "sharegpt": {"conversations": [{"from": "human", "value": "{q}"}, {"from": "gpt", "value": "{a}"}]},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_known_forms_need_no_names(form: str, tmp_path: Path) -> None:
+    texts = [json.dumps(FORMS[form]).replace("{q}", f"{i} + 1?").replace("{a}", str(i + 1)) for i in range(60)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(texts))
+    task = load_task(str(tmp_path / "mine.jsonl"))
+    pairs = {(e.prompt, e.answer) for split in ("train", "validation", "test") for e in task.distinct(split)}
+    assert pairs == {(f"{i} + 1?", str(i + 1)) for i in range(60)}
+
+
+def test_a_system_message_is_the_instruction_and_several_turns_are_left_out(tmp_path: Path) -> None:
+    system = {"role": "system", "content": "Short."}
+    rows = [{"messages": [system, {"role": "user", "content": f"{i}?"}, TURNS[1]]} for i in range(9)]
+    write_rows(tmp_path / "mine.jsonl", [*rows, {"messages": [*TURNS, *TURNS]}])
+    task = load_task(str(tmp_path / "mine.jsonl"))
+    assert {e.instruction for e in task.distinct("train")} == {"Short."}
+    assert any("not one message of the user and one of the assistant (1)" in note for note in task.notes)
+
+
+def test_an_input_follows_its_instruction(tmp_path: Path) -> None:
+    write_rows(tmp_path / "mine.jsonl", [{"instruction": "Add.", "input": f"1, {i}", "output": "x"} for i in range(30)])
+    assert load_task(str(tmp_path / "mine.jsonl")).examples("train", 1)[0].prompt.startswith("Add.\n\n1, ")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"q": "a", "solution": "b"},
+            r"fields q, solution: no known form .*question/answer; prompt/completion.*messages",
+        ),
+        (
+            {"question": "a", "answer": "b", "prompt": "c", "completion": "d"},
+            "several known forms .question/answer; pro",
+        ),
+    ],
+)
+def test_unknown_fields_are_told_with_the_known_ones(row: dict[str, str], message: str, tmp_path: Path) -> None:
+    write_rows(tmp_path / "mine.jsonl", [row])
+    with pytest.raises(CorpusError, match=message):
+        load_task(str(tmp_path / "mine.jsonl"))
+
+
+def test_a_small_task_is_used_whole_and_says_so(tmp_path: Path) -> None:
+    write_rows(tmp_path / "mine.jsonl", [{"question": f"{i}?", "answer": i} for i in range(60)])
+    task = load_task(str(tmp_path / "mine.jsonl"))
+    found, notes = task.up_to("train", 640)
+    assert len(found) == len(list(task.distinct("train"))) > 30
+    assert notes == (f"{task.name} has {len(found)} distinct train examples, 640 were asked for: all are used",)
+    assert task.up_to("train", 5)[1] == ()

@@ -30,6 +30,17 @@ def load_rows(source: str | Path, split: str, columns: Sequence[str]) -> list[di
     the hub have their types.
     Raises CorpusError if it cannot be read, has no rows, or lacks a column; the message lists those that there are.
     """
+    names, rows = read_table(source, split, columns)
+    if missing := [name for name in columns if name not in names]:
+        there = ", ".join(names)
+        raise CorpusError(
+            f"{str(source)!r} (split {split}) has no field {', '.join(map(repr, missing))}; its fields are {there}"
+        )
+    return [{name: row.get(name) for name in columns} for row in rows]
+
+
+def read_table(source: str | Path, split: str, columns: Sequence[str]) -> tuple[list[str], list[dict[str, Any]]]:
+    """The names of all fields of a split, and its rows with those of `columns` that they have; see `load_rows`."""
     where = f"{str(source)!r} (split {split})"
     path = Path(source).expanduser()
     if path.is_file() or path.is_dir():
@@ -38,10 +49,7 @@ def load_rows(source: str | Path, split: str, columns: Sequence[str]) -> list[di
         names, rows = _hub_rows(str(source), split, columns, where)
     if not rows:
         raise CorpusError(f"{where} holds no rows")
-    if missing := [name for name in columns if name not in names]:
-        there = ", ".join(names)
-        raise CorpusError(f"{where} has no field {', '.join(map(repr, missing))}; its fields are {there}")
-    return [{name: row.get(name) for name in columns} for row in rows]
+    return names, rows
 
 
 def _own_rows(path: Path, split: str, columns: Sequence[str]) -> tuple[list[str], list[dict[str, Any]]]:
