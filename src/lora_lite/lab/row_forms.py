@@ -56,7 +56,7 @@ def _exchange(turns: Any) -> Exchange:
         system, roles, texts = texts[0].strip(), roles[1:], texts[1:]
     if roles != ["user", "assistant"]:
         return Exchange("", "", left_out="not one message of the user and one of the assistant")
-    return Exchange(*texts, system)
+    return Exchange(texts[0], texts[1], system)
 
 
 FORMS = (
