@@ -135,8 +135,8 @@ def _cells(path: Path, file: IO[str], mark: str) -> Iterator[tuple[int, Row]]:
                 continue
             if len(cells) > len(head):
                 raise CorpusError(
-                    f"the rows of {str(path)!r} have more fields than its first line names ({', '.join(head)}), as in "
-                    f'line {reader.line_num}; put values that hold commas into quotes: "1, 2"'
+                    f"the rows of {str(path)!r} have more fields than its first line names ({', '.join(head)}); "
+                    f'put values that hold commas into quotes: "1, 2" (line {reader.line_num})'
                 )
             yield reader.line_num, _pairs(list(zip(head, cells, strict=False)))
     except csv.Error as error:
