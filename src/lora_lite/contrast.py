@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_lite.errors import CalibrationError
+from lora_lite.tokens import rendered_ids
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,8 @@ class Contrast:
     Args:
         positive, negative: lists of prompts (strings, with a `tokenizer`), or batches as for `attach`; the same number
             of prompts in each.
-        tokenizer: a transformers tokenizer, for strings.
+        tokenizer: a transformers tokenizer, for strings. Chat-rendered prompts may begin with its start token, which
+            is not put there twice; an end token that it would add is left out, for prompts go on.
         batch_size: prompts in a batch, for strings; 1 where the tokenizer has no padding token.
     Raises:
         CalibrationError: an empty set, sets of unequal size or with the same prompts, strings without a tokenizer.
@@ -54,11 +56,17 @@ class Contrast:
             if isinstance(items[0], str):
                 size = self.batch_size if getattr(self.tokenizer, "pad_token_id", None) is not None else 1
                 for start in range(0, len(items), size):
-                    found = self.tokenizer(items[start : start + size], return_tensors="pt", padding=size > 1)
+                    found = self._tokens(items[start : start + size], size > 1)
                     yield label, {key: found[key] for key in ("input_ids", "attention_mask") if key in found}
             else:
                 for batch in items:
                     yield label, batch
+
+    def _tokens(self, prompts: list[str], padding: bool) -> Any:
+        if not hasattr(self.tokenizer, "pad"):  # any callable that makes batches
+            return self.tokenizer(prompts, return_tensors="pt", padding=padding)
+        ids = [rendered_ids(self.tokenizer, prompt) for prompt in prompts]
+        return self.tokenizer.pad({"input_ids": ids}, return_tensors="pt", padding=padding)
 
     def __iter__(self) -> Iterator[Any]:
         """The batches of both sets, for methods that want any data."""

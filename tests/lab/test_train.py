@@ -11,6 +11,7 @@ import pytest
 import torch
 from lab_helpers import make_llama
 from safetensors.torch import load_file
+from two_processes import CASES, trained
 
 import lora_lite as ll
 from lora_lite.lab.data import Encoded
@@ -67,6 +68,23 @@ def test_training_lowers_the_loss_and_touches_the_adapter_alone() -> None:
 def test_accumulation_gives_the_step_of_the_whole_batch() -> None:
     (whole, _), (parts, _) = (run(None, accumulation=n, steps=1, batch_size=8) for n in (1, 4))
     assert parts[0] == pytest.approx(whole[0], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
+    """Each answer token of a batch weighs the same, whichever process reads it; so says each process's loss too."""
+    program = Path(__file__).parent / "two_processes.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
+    env = {**os.environ, "LORA_LITE_NO_TYPECHECK": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, str(tmp_path)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for case in CASES:
+        alone = trained(case)
+        for rank in range(2):
+            found = load_file(tmp_path / f"{case}-{rank}.safetensors")
+            assert found.keys() == alone.keys()
+            for key, value in alone.items():
+                torch.testing.assert_close(found[key], value, rtol=1e-4, atol=2e-6, msg=f"{case} {rank} {key}")
 
 
 def test_a_run_killed_and_resumed_ends_with_the_same_bits(tmp_path: Path) -> None:

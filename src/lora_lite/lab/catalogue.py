@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_lite.lab.corpora import READERS
 from lora_lite.lab.gym import gym_task
+from lora_lite.lab.row_files import row_format
 from lora_lite.lab.row_tasks import TASKS
 from lora_lite.lab.tasks import Example, Task, TaskError
 
@@ -51,7 +51,7 @@ def load_task(spec: str) -> Task:
 
 
 def _supply(name: str, params: dict[str, Any]) -> Task:
-    if Path(name).suffix in READERS:
+    if row_format(name) or ("/" in name and Path(name).expanduser().exists()):
         name, params = "jsonl", {"path": name, **params}
     if name in TASKS:
         known = inspect.signature(TASKS[name]).parameters

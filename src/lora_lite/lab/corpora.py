@@ -1,4 +1,4 @@
-"""Rows and plain text from the hub, a folder or a file, all through the library `datasets`.
+"""Rows and plain text from the hub (through the library `datasets`), a folder or a file (as text, see `row_files`).
 
 load_rows("openai/gsm8k:main", "test", ("question", "answer"))     # hub id, with a configuration after the colon
 load_rows("data/gsm8k", "test", ("question", "answer"))            # a folder with train.jsonl and test.jsonl
@@ -7,18 +7,13 @@ general_text("embedded"), general_text("book.txt"), general_text("Salesforce/wik
 """
 
 import re
-import tempfile
 from collections.abc import Sequence
 from importlib.metadata import distribution
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lora_lite.errors import LoraLiteError
+from lora_lite.lab.row_files import FORMATS, CorpusError, read_rows, row_format, split_files
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}  # suffix -> reader of `datasets`
 EMBEDDED_TEXT = "embedded"
 # A public-domain story that reasoning-gym's wheel carries: English prose that no task of the lab teaches.
 _BOOK = "reasoning_gym/data/in_the_year_2889.txt"
@@ -26,81 +21,73 @@ _BOOK_FRAME = re.compile(r"\*\*\* ?(?:START|END) OF TH[^\n]*\*\*\*")  # between 
 CHARACTERS = 200_000  # of general text: about 50 thousand tokens
 
 
-class CorpusError(LoraLiteError, RuntimeError):
-    """Rows or text cannot be read, or are not what was asked for; the message says from where, why, and what to do."""
-
-
 def load_rows(source: str | Path, split: str, columns: Sequence[str]) -> list[dict[str, Any]]:
     """The rows of a split, in their order, each a dict of the `columns` asked for (None where a row lacks one).
 
-    source: a file (jsonl, json, csv, parquet; `split` is then only a name), a folder whose files are named by their
-    split, or a hub id, with its configuration after a colon where it has several.
-    Values of csv files are the text that stands there: "01234", "1.10", "None". Those of other files have their types,
-    and those of the hub what the data set gives them.
+    source: a file (jsonl, ndjson, json, csv, tsv, parquet; `split` is then only a name), a folder whose files are named
+    by their split, or a hub id, with its configuration after a colon where it has several.
+    Values of text files are the text that stands there: "01234", "1.10", "2024-03-15". Those of parquet files and of
+    the hub have their types.
     Raises CorpusError if it cannot be read, has no rows, or lacks a column; the message lists those that there are.
     """
-    # Imported here: it takes seconds, and generated tasks do without.
+    names, rows = read_table(source, split, columns)
+    if missing := [name for name in columns if name not in names]:
+        there = ", ".join(names)
+        raise CorpusError(
+            f"{str(source)!r} (split {split}) has no field {', '.join(map(repr, missing))}; its fields are {there}"
+        )
+    return [{name: row.get(name) for name in columns} for row in rows]
+
+
+def read_table(source: str | Path, split: str, columns: Sequence[str]) -> tuple[list[str], list[dict[str, Any]]]:
+    """The names of all fields of a split, and its rows with those of `columns` that they have; see `load_rows`."""
+    where = f"{str(source)!r} (split {split})"
+    path = Path(source).expanduser()
+    if path.is_file() or path.is_dir():
+        names, rows = _own_rows(path, split, columns)
+    else:
+        names, rows = _hub_rows(str(source), split, columns, where)
+    if not rows:
+        raise CorpusError(f"{where} holds no rows")
+    return names, rows
+
+
+def _own_rows(path: Path, split: str, columns: Sequence[str]) -> tuple[list[str], list[dict[str, Any]]]:
+    files = [path] if path.is_file() else split_files(path, split)
+    if not files:
+        there = ", ".join(sorted(each.name for each in path.iterdir() if row_format(each))) or "none that can be read"
+        raise CorpusError(
+            f"{str(path)!r} has no file for the split {split}; its files are {there}; name one {split}.jsonl, or give "
+            "the file itself"
+        )
+    names: dict[str, None] = {}
+    rows: list[dict[str, Any]] = []
+    for file in files:
+        found, more = read_rows(file, columns)
+        names.update(dict.fromkeys(found))
+        rows += more
+    return list(names), rows
+
+
+def _hub_rows(source: str, split: str, columns: Sequence[str], where: str) -> tuple[list[str], list[dict[str, Any]]]:
+    hub_id, _, config = source.partition(":")
+    if row_format(source) or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", hub_id):
+        raise CorpusError(f"there is no file or folder {source!r}")
+    # Imported here: it takes seconds, and generated tasks and own files do without.
+    from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
-    where = f"{str(source)!r} (split {split})"
     try:
-        with tempfile.TemporaryDirectory(prefix="lora-lite-rows-") as cache:
-            table = _load(str(source), split, cache)
-            missing = [name for name in columns if name not in table.column_names]
-            if missing:
-                there = ", ".join(table.column_names)
-                raise CorpusError(f"{where} has no field {', '.join(map(repr, missing))}; its fields are {there}")
-            rows = table.select_columns(list(columns)).to_list()
-    except StopIteration:  # what `datasets` raises for a file without a byte
-        rows = []
+        table = load_dataset(hub_id, config or None, split=split)
+        names = list(table.column_names)
+        return names, table.select_columns([name for name in columns if name in names]).to_list()
     except (OSError, ValueError, DatasetsError) as error:
         cause = f" ({error.__cause__})" if error.__cause__ else ""
         raise CorpusError(
-            f"cannot read rows from {where}: {error}{cause}\nMend it: give a {', '.join(READERS)} file, a folder with "
+            f"cannot read rows from {where}: {error}{cause}\nFix it: give a {', '.join(FORMATS)} file, a folder with "
             "a file for each split, such as train.jsonl and test.jsonl, or a hub id, as in 'openai/gsm8k:main'; that "
             "needs the network or a copy in the hub cache (HF_HOME)."
         ) from error
-    if not rows:
-        raise CorpusError(f"{where} holds no rows")
-    return rows
-
-
-def _load(source: str, split: str, cache: str) -> "Dataset":
-    """A table from wherever it is. Local files are read anew each time, into `cache`: they may change between runs."""
-    from datasets import load_dataset, load_dataset_builder
-
-    path = Path(source).expanduser()
-    if path.is_file():
-        if path.suffix not in READERS:
-            raise CorpusError(f"cannot tell how to read {source!r}; the file's name ends in {', '.join(READERS)}")
-        reader, options = READERS[path.suffix], _as_text([str(path)]) if path.suffix == ".csv" else {}
-        return load_dataset(reader, data_files={"train": str(path)}, split="train", cache_dir=cache, **options)
-    if path.is_dir():
-        builder = load_dataset_builder(str(path), cache_dir=cache)
-        files = (builder.config.data_files or {}).get(split, []) if builder.name == "csv" else []
-        return load_dataset(str(path), split=split, cache_dir=cache, **_as_text(files))
-    hub_id, _, config = source.partition(":")
-    if path.suffix in READERS or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", hub_id):
-        raise CorpusError(f"there is no file or folder {source!r}")
-    return load_dataset(hub_id, config or None, split=split)
-
-
-def _as_text(files: Sequence[str]) -> dict[str, Any]:
-    """Options with which `datasets` reads these csv files as text: it guesses at no types, and at no empty values."""
-    import pandas
-    from datasets import Features, Value
-
-    names: dict[str, Value] = {}
-    for file in files:
-        mark = "\t" if Path(file).suffix == ".tsv" else ","
-        head = pandas.read_csv(file, nrows=1, dtype=str, keep_default_na=False, sep=mark)
-        if not isinstance(head.index, pandas.RangeIndex):  # pandas takes the first fields for names of rows
-            raise CorpusError(
-                f"the rows of {file!r} have more fields than its first line names ({', '.join(head.columns)}); "
-                'put values that hold commas into quotes: "1, 2"'
-            )
-        names |= {name: Value("string") for name in head.columns}
-    return {"features": Features(names), "keep_default_na": False} if names else {}
 
 
 def general_text(

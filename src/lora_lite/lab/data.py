@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_lite.errors import LoraLiteError
+from lora_lite.lab.chat import chat_pieces, render_chat
 from lora_lite.lab.tasks import Example, Task
+from lora_lite.tokens import control_tokens, literal_ids, pieces_ids, start_ids
 
 IGNORE = -100
 MAX_LENGTH = 512
@@ -64,33 +65,33 @@ class TokenReport:
 def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, instruction: str = "", chat: bool = True) -> str:
     """The text that the model sees before its answer.
 
-    With a chat template: the instruction as system message, the prompt as the user's turn. Templates that refuse a
-    system message get both in the user's turn. Without a template: prompt, instruction and a line end.
-    chat: False gives the prompt as it stands.
+    With a chat template: the instruction as system message, the prompt as the user's turn. Templates that refuse or
+    skip a system message get both in the user's turn. Without a template: prompt, instruction and a line end.
+    chat: False gives the prompt as it stands. Raises ChatTemplateError if a template shows not both.
     """
     if not chat:
         return prompt
-    joined = "\n".join(filter(None, (prompt, instruction)))
-    if not tokenizer.chat_template:
-        return f"{joined}\n"
-    user = {"role": "user", "content": prompt}
-    conversation = [{"role": "system", "content": instruction}, user] if instruction else [user]
-    try:
-        return str(tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False))
-    except TemplateError:
-        conversation = [{"role": "user", "content": joined}]
-        return str(tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False))
+    if tokenizer.chat_template:
+        return render_chat(tokenizer, prompt, instruction)
+    return "\n".join(filter(None, (prompt, instruction))) + "\n"
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[int]:
-    """Token ids of an example's prompt, ready for the answer. A chat template writes its own special tokens."""
+    """Token ids of an example's prompt, ready for the answer: no end token behind it, whatever the tokenizer adds.
+
+    A chat template writes its own special tokens. Names of special tokens in the example's texts are plain text.
+    """
     text = render_prompt(tokenizer, example.prompt, example.instruction, example.chat)
-    return list(tokenizer(text, add_special_tokens=not (example.chat and tokenizer.chat_template))["input_ids"])
+    if not (example.chat and tokenizer.chat_template):
+        return start_ids(tokenizer) + literal_ids(tokenizer, text)
+    if any(name in example.prompt or name in example.instruction for name in control_tokens(tokenizer)):
+        return pieces_ids(tokenizer, chat_pieces(tokenizer, example.prompt, example.instruction))
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
     """Token ids of an answer, without the end token. Tokenised apart from the prompt, as generation will meet it."""
-    return list(tokenizer(answer, add_special_tokens=False)["input_ids"])
+    return literal_ids(tokenizer, answer)
 
 
 def example_ids(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[list[int], list[int]]:
@@ -104,7 +105,7 @@ def example_ids(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[l
     if example.chat:
         return prompt, answer_ids(tokenizer, example.answer)
     answer = example.answer if example.prompt[-1:].isspace() else f" {example.answer}"
-    joint = list(tokenizer(example.prompt + answer)["input_ids"])
+    joint = start_ids(tokenizer) + literal_ids(tokenizer, example.prompt + answer)
     joined = joint[: len(prompt)] == prompt
     return prompt, joint[len(prompt) :] if joined else answer_ids(tokenizer, answer)
 
@@ -138,6 +139,22 @@ def require_end(tokenizer: PreTrainedTokenizerBase) -> int:
             'that ends a turn, or "eos_token" in its tokenizer_config.json'
         )
     return cast(int, tokenizer.eos_token_id)
+
+
+def require_positions(model: PreTrainedModel, tokens: int, what: str) -> None:
+    """Raise DataError if `what`, which takes `tokens` tokens, is longer than the model has positions.
+
+    A model that was extended by scaling its rotary positions, or that has none, takes any length.
+    """
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    scaled = any(kind not in ("default", None) for kind in (rope.get("rope_type"), rope.get("type")))
+    if isinstance(positions, int) and 0 < positions < tokens and not scaled:
+        raise DataError(
+            f"{what} takes {tokens} tokens, and the model has {positions} positions; shorten the prompts (drop=..., "
+            "chat=False), lower max_new_tokens or max_length, or take a model with more positions"
+        )
 
 
 def _why_none(examples: Sequence[Example], items: Sequence[Encoded], max_length: int) -> str:
@@ -204,7 +221,7 @@ def text_windows(text: str, tokenizer: PreTrainedTokenizerBase, length: int = 25
     """
     if length < 2 or count < 1:
         raise DataError(f"windows need a length of 2 or more and a count of 1 or more, got {length} and {count}")
-    start = list(tokenizer("")["input_ids"])
+    start = start_ids(tokenizer)
     ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     body = length - len(start)
     there = len(ids) // body if body > 0 else 0

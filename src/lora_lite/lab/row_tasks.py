@@ -10,13 +10,13 @@ import re
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from lora_lite.lab.corpora import READERS, load_rows
+from lora_lite.lab.row_files import row_format
+from lora_lite.lab.row_forms import exchanges, text_of
 from lora_lite.lab.scoring import RIGHT, Finder, Scorer, finder, mentions_number, normal, numeric, scorer
 from lora_lite.lab.tasks import (
     SPLITS,
@@ -34,7 +34,7 @@ from lora_lite.lab.tasks import (
     split_of,
 )
 
-GSM8K = "openai/gsm8k:main"
+GSM8K, GSM8K_FIELDS = "openai/gsm8k:main", ("question", "answer")
 METAMATH = "meta-math/MetaMathQA"
 MATH_TEMPLATE = "Question: {question} Think step by step.\nAnswer:"
 METAMATH_NOTE = (
@@ -59,7 +59,7 @@ class Origin:
     echoes: int = 0
 
     def __str__(self) -> str:
-        return self.source if Path(self.source).suffix in READERS else f"{self.source} ({self.split})"
+        return self.source if row_format(self.source) else f"{self.source} ({self.split})"
 
 
 @dataclass
@@ -112,8 +112,12 @@ def gsm8k_task(
         kept = answer if keep_annotations else _CALCULATOR.sub("", answer)
         return Example(build_prompt(question, MATH_TEMPLATE), kept, "gsm8k", "", chat=False)
 
-    train = read_part(path, "train", make)
-    parts = {"train": train, "validation": hold_back(train, validation), "test": read_part(path, "test", make)}
+    train = read_part(path, "train", make, *GSM8K_FIELDS)
+    parts = {
+        "train": train,
+        "validation": hold_back(train, validation),
+        "test": read_part(path, "test", make, *GSM8K_FIELDS),
+    }
     return assemble("gsm8k", parts, numeric, mentions_number, max_new_tokens=max_new_tokens)
 
 
@@ -138,16 +142,16 @@ def metamath_gsm8k_task(
 
     parts = {
         "train": read_part(train, "train", make, "query", "response"),
-        "validation": hold_back(read_part(gsm8k, "train", make), validation),
-        "test": read_part(test or gsm8k, "test", make),
+        "validation": hold_back(read_part(gsm8k, "train", make, *GSM8K_FIELDS), validation),
+        "test": read_part(test or gsm8k, "test", make, *GSM8K_FIELDS),
     }
     return assemble(name, parts, numeric, mentions_number, (METAMATH_NOTE,), max_new_tokens)
 
 
 def jsonl_task(
     path: str,
-    question: str = "question",
-    answer: str = "answer",
+    question: str = "",
+    answer: str = "",
     score: str = "exact",
     pattern: str = "",
     validation: str = "",
@@ -160,7 +164,8 @@ def jsonl_task(
 ) -> Task:
     """Your own questions and answers, from a file (jsonl, json, csv, parquet), a folder or a hub id.
 
-    question, answer: names of the fields. score: "exact", "numeric" or "regex" (with its pattern); see `scoring`.
+    question, answer: names of the fields; without them, those of a known form are taken (`row_forms.FORMS`).
+    score: "exact", "numeric" or "regex" (with its pattern); see `scoring`.
     validation, test: files of their own; without one, that split is the rows whose content hash falls into its share.
     chat: False for plain prompts, without the model's chat template. instruction: the system message of a chat.
     template, drop: see `build_prompt`. max_new_tokens: what an answer may take; None measures it.
@@ -190,24 +195,29 @@ TASKS: dict[str, Callable[..., Task]] = {
 }
 
 
-def read_part(source: str, split: str, make: Maker, question: str = "question", answer: str = "answer") -> Part:
+def read_part(source: str, split: str, make: Maker, question: str = "", answer: str = "") -> Part:
     """The rows of a split as examples; those without question or answer and repeated ones left out and counted.
 
-    Raises TaskError if every answer is its own question.
+    question, answer: fields; without both, see `row_forms`. Raises TaskError if every answer is its own question.
     """
-    rows = load_rows(source, split, (question, answer))
+    rows = exchanges(source, split, question, answer)
     part, echoes = Part({}, Origin(source, split, len(rows)), Counter()), 0
     for row in tqdm(rows, desc=f"read {source}", unit="row", disable=len(rows) < LONG):
-        asked, told = (str(row[name]).strip() if row[name] is not None else "" for name in (question, answer))
+        asked, told = (text_of(value, source) for value in (row.question, row.answer))
         if not asked or not told:
-            part.left_out["without question or answer"] += 1
+            part.left_out[row.left_out or "without question or answer"] += 1
             continue
         echoes += normal(asked) == normal(told)
-        part.add(make(asked, told), several=split == "train")
-    if echoes and echoes == len(rows) - part.left_out["without question or answer"]:
+        example = make(asked, told)
+        if row.system:
+            require_no_instruction(row.system, example.chat)
+            example = replace(example, instruction=row.system)
+        part.add(example, several=split == "train")
+    if echoes and echoes == len(rows) - part.left_out.total():
+        fields, first = f"question={question or 'question'}, answer={answer or 'answer'}", str(rows[0].answer)
         raise TaskError(
-            f"every answer in {source!r} is its own question (question={question}, answer={answer}); the first is "
-            f"{textwrap.shorten(str(rows[0][answer]), 120)!r}; name the field that holds the answers"
+            f"every answer in {source!r} is its own question ({fields}); the first is "
+            f"{textwrap.shorten(first, 120)!r}; name the field that holds the answers"
         )
     part.origin = Origin(source, split, len(rows), echoes)
     return part

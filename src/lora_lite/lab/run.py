@@ -47,8 +47,8 @@ class RunConfig:
         quantization: of the base: "none", "4bit" or "8bit" (bitsandbytes).
         dtype: of the base: "float32", "bfloat16", or "auto": bfloat16 where the device computes in it.
         device: where to run. None: the GPU if there is one.
-        train_examples: distinct examples to train on.
-        test_examples: held-out items to measure on.
+        train_examples: distinct examples to train on; all that there are where the task has fewer, which is said.
+        test_examples: held-out items to measure on; all that there are where the task has fewer.
         calibration_batches: training batches that methods and bases which need data are calibrated on. Each is one
             forward pass; second moments are better told by 64.
         train_also: names or regexes of base parameters to train as well, such as a head or an embedding.
@@ -145,13 +145,14 @@ def finetune(run: RunConfig, method: ll.AdapterConfig | Sequence[ll.AdapterConfi
         raise RunError(f"{checkpoints} holds checkpoints: give --resume to go on, or another --out")
     require_trackers(run.report_to)
     task = load_task(run.task)
-    train_set = task.examples("train", run.train_examples, training.seed)
-    test_set = task.examples("test", run.test_examples, seed=0)
+    train_set, few_train = task.up_to("train", run.train_examples, training.seed)
+    test_set, few_test = task.up_to("test", run.test_examples)
     require_sound_key(task, test_set)
     with clock("load"):
         model, tokenizer = load_model(run.model, dtype, device, quantization=run.quantization)
         items, report = encode(train_set, tokenizer, run.max_length)
     data = describe_data(task, train_set, test_set, report)
+    data["notes"] += [*few_train, *few_test]
     tqdm.write("\n".join((f"{run.task}: {report}; {len(test_set)} held-out items", *data["notes"])))
     with clock("evaluate_before"):
         before = evaluate(model, tokenizer, task, test_set)
@@ -254,7 +255,7 @@ def summarize(
         "trainable": att.num_trainable,
         "adapter": str(adapter),
         "adapter_bytes": adapter.stat().st_size,
-        "reloaded_answers_compared": run.reload_examples,
+        "reloaded_answers_compared": min(run.reload_examples, len(result.after.records)),
         "seconds": result.seconds,
         "tokens_per_second": round(result.progress.tokens / result.progress.seconds, 1),
         "peak_memory_mb": round(peak_memory_mb(device), 1),

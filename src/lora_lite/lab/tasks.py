@@ -124,6 +124,16 @@ class Task:
             )
         return found
 
+    def up_to(self, split: str, n: int, seed: int = 0) -> tuple[list[Example], tuple[str, ...]]:
+        """The first n examples of `distinct`, or all where there are fewer, and a note that says so.
+
+        Raises TaskError if there is none.
+        """
+        found = list(itertools.islice(self.distinct(split, seed), n)) or self.examples(split, 1, seed)
+        if len(found) >= n:
+            return found, ()
+        return found, (f"{self.name} has {len(found)} distinct {split} examples, {n} were asked for: all are used",)
+
     def score(self, example: Example, completion: str) -> float:
         """The verifier's score of a completion, in [0, 1]; 1 is right, some verifiers give part of it."""
         score = float(self.verify(example, self.extract(completion)))

@@ -12,6 +12,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 import lora_lite as ll
-from lora_lite.lab.data import BatchOrder, Encoded, answer_loss, collate
+from lora_lite.lab.data import BatchOrder, Encoded, answer_loss, collate, require_positions
 
 ADAPTER, OPTIMIZER, PROGRESS = "adapter.safetensors", "optimizer.safetensors", "progress.json"
 
@@ -134,6 +135,7 @@ def train(
     Raises:
         TrainingError: a loss that is not finite, an adapter that never ran, or a checkpoint of another run.
     """
+    require_positions(model, max(map(len, items), default=0), "the longest example")
     accelerator = Accelerator(cpu=model.device.type == "cpu")
     found = last_checkpoint(folder) if folder is not None and resume else None
     att = ll.load(model, found / ADAPTER, name=name, overwrite=True) if found else ll.attachment(model, name)
@@ -166,21 +168,29 @@ def train(
 
 
 def _step(accelerator: Accelerator, model: Any, batch: Sequence[Encoded], pad: int, cfg: TrainConfig) -> float:
-    """Forward and backward over a batch, in `accumulation` parts weighted by their answer tokens; the mean loss."""
-    mine = batch[accelerator.process_index :: accelerator.num_processes]
-    if not mine:
-        raise TrainingError(f"a batch of {len(batch)} examples leaves none for process {accelerator.process_index}")
+    """Forward and backward over a batch, in `accumulation` parts; the mean loss of its answer tokens.
+
+    Every answer token of the whole batch weighs the same, whichever process and part it falls to: DDP takes the mean of
+    the processes' gradients, so each gives `num_processes` times its share of the sum. A process that a small batch
+    leaves without an example reads the first one with weight 0, for the others wait for its gradients.
+    """
+    processes, total = accelerator.num_processes, sum(len(item.answer) for item in batch)
+    mine = batch[accelerator.process_index :: processes]
+    weight = processes / total if mine else 0.0
+    mine = mine or batch[:1]
     size = math.ceil(len(mine) / cfg.accumulation)
-    parts = [mine[start : start + size] for start in range(0, len(mine), size)]
-    total = sum(len(item.answer) for item in mine)
-    mean = 0.0
-    for part in parts:
-        inputs = {key: value.to(accelerator.device) for key, value in collate(part, pad).items()}
-        loss, count = answer_loss(model, inputs)
-        if not torch.isfinite(loss):
-            raise TrainingError(f"the loss is {loss.item()}: lower the learning rate, or look at the data")
-        (loss * (count / total)).backward()
-        mean += float(loss.detach()) * count / total
+    share = torch.zeros((), device=accelerator.device)
+    for start in range(0, len(mine), size):
+        inputs = {key: value.to(accelerator.device) for key, value in collate(mine[start : start + size], pad).items()}
+        # The gradients are exchanged once, with the last part: processes may have unequal numbers of parts.
+        with nullcontext() if start + size >= len(mine) else accelerator.no_sync(model):
+            loss, count = answer_loss(model, inputs)
+            (loss * (count * weight)).backward()
+        share += loss.detach() * (count * weight / processes)
+    mean = float(accelerator.reduce(share, "sum"))  # pyright: ignore[reportArgumentType]
+    if not math.isfinite(mean):  # asked of the sum, so that all processes stop together
+        model.zero_grad()
+        raise TrainingError(f"the loss is {mean}: lower the learning rate, or look at the data")
     return mean
 
 

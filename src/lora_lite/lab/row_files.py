@@ -1,0 +1,205 @@
+"""Rows of your own files as text: what stands in a file is what is taught.
+
+No types are guessed: a number keeps its spelling (20 digits, 1.10, 1e3), a date stays text, and a column that nobody
+asked for may hold what it likes. Files are read line by line, and only the columns asked for are kept.
+"""
+
+import csv
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+from lora_lite.errors import LoraLiteError
+
+FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+_NAMES = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+DEPTH = 3  # folders below the one given in which a split's file is looked for
+
+Row = dict[str, Any]
+
+
+class CorpusError(LoraLiteError, RuntimeError):
+    """Rows or text cannot be read, or are not what was asked for; the message says from where, why, and what to do."""
+
+
+def row_format(source: str | Path) -> str | None:
+    """How a file's name says that it is read, such as ".jsonl"; None for another one. Case and ".gz" do not count."""
+    suffixes = [suffix.lower() for suffix in Path(source).suffixes]
+    last = suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else suffixes[-1] if suffixes else ""
+    return last if last in FORMATS else None
+
+
+def read_rows(path: Path, columns: Collection[str]) -> tuple[list[str], list[Row]]:
+    """All fields that a file's rows have, and its rows with those of `columns` that they have.
+
+    JSON numbers and booleans are text as written; NaN and null are None; nested values are as they are.
+    Raises CorpusError, with the line, for what is damaged or ambiguous.
+    """
+    kind = row_format(path)
+    if kind is None:
+        raise CorpusError(f"cannot tell how to read {str(path)!r}; the file's name ends in {', '.join(FORMATS)}")
+    if kind == ".parquet":
+        return _parquet(path, columns)
+    names: dict[str, None] = {}
+    rows: list[Row] = []
+    try:
+        opener = gzip.open if path.suffix.lower() == ".gz" else open
+        with opener(path, "rt", encoding="utf-8-sig", newline="" if kind in (".csv", ".tsv") else None) as file:
+            found = _cells(path, file, "\t" if kind == ".tsv" else ",") if kind in (".csv", ".tsv") else None
+            for line, row in found or (_objects(path, file) if kind == ".json" else _lines(path, file)):
+                names.update(dict.fromkeys(row))
+                rows.append({name: _value(path, line, name, row) for name in columns if name in row})
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{str(path)!r} is not UTF-8 text: {error}; save it as UTF-8") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise CorpusError(f"cannot read rows from {str(path)!r}: {error}") from error
+    return list(names), rows
+
+
+class _Repeated(dict[str, Any]):
+    """An object in which a name occurs more than once; `twice` are those names."""
+
+    twice: tuple[str, ...] = ()
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    repeated, names = _Repeated(found), [name for name, _ in pairs]
+    repeated.twice = tuple(name for name in found if names.count(name) > 1)
+    return repeated
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_pairs,
+    parse_float=str,
+    parse_int=str,
+    parse_constant=lambda name: None if name == "NaN" else name,
+)
+
+
+def _decode(path: Path, line: int, text: str) -> Any:
+    try:
+        return _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        _damaged(path, line + error.lineno - 1, f"{error.msg} at column {error.colno}", error)
+    except RecursionError as error:
+        _damaged(path, line, "it is nested too deeply", error)
+
+
+def _damaged(path: Path, line: int, why: str, error: Exception | None = None) -> NoReturn:
+    raise CorpusError(
+        f"cannot read rows from {str(path)!r}, line {line}: {why}; repair that line or take it out"
+    ) from (error)
+
+
+def _lines(path: Path, file: IO[str]) -> Iterator[tuple[int, Row]]:
+    for line, text in enumerate(file, 1):
+        if text.strip():
+            yield line, _object(path, line, _decode(path, line, text.strip()))
+
+
+def _objects(path: Path, file: IO[str]) -> Iterator[tuple[int, Row]]:
+    """The rows of a .json file: an array of objects, or an object a line as in .jsonl."""
+    text = file.read()
+    if text.lstrip()[:1] != "[":
+        try:
+            _DECODER.decode(text.strip())
+        except json.JSONDecodeError:
+            return _lines(path, iter(text.split("\n")))  # pyright: ignore[reportArgumentType]
+        return iter([(1, _object(path, 1, _decode(path, 1, text.strip())))])
+    return ((n, _object(path, n, row)) for n, row in enumerate(_decode(path, 1, text), 1))
+
+
+def _object(path: Path, line: int, row: Any) -> Row:
+    if not isinstance(row, dict):
+        _damaged(path, line, f"a row is an object with fields, not {type(row).__name__}")
+    return row
+
+
+def _cells(path: Path, file: IO[str], mark: str) -> Iterator[tuple[int, Row]]:
+    reader = csv.reader(file, delimiter=mark, strict=True)
+    head: list[str] = []
+    try:
+        for cells in reader:
+            if not cells:
+                continue
+            if not head:
+                head = cells
+                continue
+            if len(cells) > len(head):
+                raise CorpusError(
+                    f"the rows of {str(path)!r} have more fields than its first line names ({', '.join(head)}); "
+                    f'put values that hold commas into quotes: "1, 2" (line {reader.line_num})'
+                )
+            yield reader.line_num, _pairs(list(zip(head, cells, strict=False)))
+    except csv.Error as error:
+        _damaged(path, reader.line_num, str(error), error)
+
+
+def _value(path: Path, line: int, name: str, row: Row) -> Any:
+    if name in getattr(row, "twice", ()):
+        _damaged(path, line, f"it has the field {name!r} more than once")
+    value = row[name]
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            _damaged(path, line, f"the field {name!r} holds half a character ({error.reason})", error)
+    return value
+
+
+def _parquet(path: Path, columns: Collection[str]) -> tuple[list[str], list[Row]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = list(file.schema_arrow.names)
+            wanted = [name for name in columns if name in names]
+            return names, [row for batch in file.iter_batches(columns=wanted) for row in batch.to_pylist()]
+    except (OSError, pyarrow.ArrowException) as error:
+        raise CorpusError(f"cannot read rows from {str(path)!r}: {error}") from error
+
+
+def split_files(folder: Path, split: str) -> list[Path]:
+    """The file of a folder that is a split's by its whole name, such as train.jsonl, or all its numbered shards.
+
+    "train_socratic.jsonl" and "train.old.jsonl" are not "train". Where none of the folder's own files is, those of the
+    folders below it are looked at. A folder with one file alone has it as its training rows. Empty if there is none.
+    Raises CorpusError if several could be meant.
+    """
+    names = _NAMES.get(split, (split,))
+    for depth in range(DEPTH + 1):
+        there = sorted(
+            path for path in folder.glob("/".join(["*"] * (depth + 1))) if path.is_file() and row_format(path)
+        )
+        found = [path for path in there if _stem(path) in names]
+        if not found and split == "train" and len(there) == 1 and depth == 0 and _stem(there[0]) not in _held_out():
+            found = there
+        sets = {(path.parent, _SHARD.sub("", path.name.split(".")[0])) for path in found}
+        whole = len(found) == 1 or all(_SHARD.search(path.name.split(".")[0]) for path in found)
+        if len(sets) > 1 or not whole:
+            listed = ", ".join(str(path.relative_to(folder)) for path in found)
+            raise CorpusError(f"{str(folder)!r} has several files that could be its split {split}: {listed}; name one")
+        if found:
+            return found
+    return []
+
+
+def _held_out() -> set[str]:
+    return {name for split in ("validation", "test") for name in _NAMES[split]}
+
+
+def _stem(path: Path) -> str:
+    """The name without its format, in lower case: "train.old" of "train.old.jsonl.gz"."""
+    name = re.sub(r"\.gz$", "", path.name.lower())
+    return _SHARD.sub("", name.rpartition(".")[0])
