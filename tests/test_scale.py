@@ -222,6 +222,7 @@ def test_images_of_several_rows() -> None:
 
 
 @pytest.mark.parametrize("method", ["lora", "ia3_ff", "hra", "dora"])
+@torch.no_grad()
 def test_torchs_encoder_with_a_padding_mask(method: str) -> None:
     """In eval mode it gives its layers nested tensors, without padding."""
     torch.manual_seed(0)
