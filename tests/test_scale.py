@@ -182,3 +182,60 @@ def test_sampling_expands_rows_in_order() -> None:
     with ll.scale(model, c.repeat_interleave(2)):
         model(ids)
     assert torch.equal(seen[0], seen[-1])
+
+
+def test_only_generate_expands_rows() -> None:
+    """Four rows are not two rows twice, and images are not rows."""
+    model = adapted()
+    match = "2 coefficients, one per batch row, but the model was called with 4 rows"
+    with ll.scale(model, torch.tensor([0.0, 1.0])), pytest.raises(ll.CoefficientError, match=match):
+        model(IDS[:1].repeat(4, 1))
+    with ll.scale(model, torch.ones(3)), pytest.raises(ll.CoefficientError, match="cannot be matched"):
+        model.model.layers[0].mlp.up_proj(torch.randn(6, 2, 32))
+
+
+class Seeing(nn.Module):
+    """Text of one embedding a token, and the mean of its row's images added to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower, self.text = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, pixels: Tensor, inputs_embeds: Tensor, images: list[int]) -> Tensor:
+        seen = self.tower(pixels).mean(1).split(images)
+        return self.text(inputs_embeds + torch.stack([each.mean(0) for each in seen]).unsqueeze(1))
+
+
+def test_images_of_several_rows() -> None:
+    model, pixels, text = Seeing(), torch.randn(4, 3, 8), torch.randn(2, 5, 8)
+    attached(model, "lora", target_names=("text",))
+    c = torch.tensor([0.0, 1.0])
+    with ll.scale(model, c):
+        found = model(pixels=pixels, inputs_embeds=text, images=[3, 1])
+    for row in range(2):
+        with ll.scale(model, c[row]):
+            alone = model(pixels=pixels, inputs_embeds=text, images=[3, 1])
+        torch.testing.assert_close(found[row], alone[row])
+    attached(model, "lora", name="tower", target_names=("tower",))
+    with ll.scale(model, c), pytest.raises(ll.CoefficientError, match=r"input of shape \(4, 3, 8\), whose rows"):
+        model(pixels=pixels, inputs_embeds=text, images=[3, 1])
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3_ff", "hra", "dora"])
+@torch.no_grad()
+def test_torchs_encoder_with_a_padding_mask(method: str) -> None:
+    """In eval mode it gives its layers nested tensors, without padding."""
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    x, padding = torch.randn(3, 5, 16), torch.arange(5) >= torch.tensor([[5], [3], [4]])
+    base = model(x, src_key_padding_mask=padding)
+    attached(model, method, [x], target_names=("linear1", "linear2"), size=0.2)
+    c = torch.tensor([0.0, 1.0, -2.0])
+    with ll.scale(model, c):
+        nested = model(x, src_key_padding_mask=padding)
+        model.use_nested_tensor = False
+        padded = model(x, src_key_padding_mask=padding)
+    keep = ~padding
+    torch.testing.assert_close(nested[keep], padded[keep], atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(nested[0], base[0], atol=2e-6, rtol=1e-5)
+    assert relative(nested[1][keep[1]], base[1][keep[1]]) > 1e-3

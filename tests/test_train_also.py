@@ -1,5 +1,7 @@
 """Heads and embeddings trained beside the adapters, optimiser groups, and what an Attachment counts."""
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,10 @@ def test_trained_saved_loaded_and_put_back(
     assert torch.equal(fresh(IDS).logits, logits)
     assert list(again.also) == names and again.num_trainable == att.num_trainable
     with ll.disabled(model):
+        assert torch.equal(model(IDS).logits, base)
+    with ll.scale(model, 0):
         assert not torch.equal(model(IDS).logits, base)  # c does not turn them
+    assert torch.equal(model(IDS).logits, logits)
     for each in (model, fresh):
         ll.detach(each)
         assert same_bits(before, each) and torch.equal(each(IDS).logits, base)
@@ -184,3 +189,63 @@ def test_what_an_attachment_counts(method: str) -> None:
     path, adapter = next(iter(att.targets.items()))
     row = next(line for line in lines if path.replace("0", "*") in line)
     assert all(f"{key} {tuple(value.shape)}" in row for key, value in adapter.state_dict().items())
+
+
+@pytest.mark.parametrize("changes", [{}, TIED], ids=["untied", "tied"])
+def test_a_reference_pass_leaves_the_policys_gradient(changes: dict[str, Any]) -> None:
+    """As DPO does: the base's forward pass between the policy's forward and its backward, in another thread's sight."""
+    model = llama(**changes)
+    base = model(IDS).logits
+    ll.attach(model, tiny("lora"), train_also=("lm_head", r"model\.norm"))
+    train(model, IDS, lr=1e-2)
+    moved = [p for p in model.parameters() if p.requires_grad]
+
+    def policy() -> torch.Tensor:
+        return model(IDS).logits.square().mean()
+
+    model.zero_grad()
+    expected = torch.autograd.grad(policy(), moved)
+    value = policy()
+    with ll.disabled(model):
+        reference = model(IDS).logits
+        with ThreadPoolExecutor(1) as pool:
+            assert torch.equal(pool.submit(policy).result(), value)
+        found = torch.autograd.grad(value, moved)
+        assert torch.equal(model.lm_head(model.model(IDS).last_hidden_state), base)
+        with ll.scale(model, 1):
+            assert torch.equal(policy(), value)
+        assert [id(p) for p in model.parameters() if p.requires_grad] == [id(p) for p in moved]
+    assert torch.equal(reference, base)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    other = copy.deepcopy(model)
+    with ll.disabled(other):
+        assert torch.equal(other(IDS).logits, base) and torch.equal(policy(), value)
+    ll.detach(model)
+    assert all(type(module._parameters) is dict for module in model.modules())
+    assert torch.equal(model(IDS).logits, base)
+
+
+def test_a_checkpointed_reference_is_the_base_in_backward_too() -> None:
+    model = llama()
+    att = attached(model, "lora", target_names=("up_proj",))
+    assert att.targets
+    ll.attach(model, tiny("lora", target_names=("down_proj",)), name="second", train_also=("input_layernorm",))
+    train(model, IDS, lr=0.1)
+    model.enable_input_require_grads()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.train()
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        embeddings = model.model.embed_tokens(IDS).detach().requires_grad_()
+        with ll.disabled(model):
+            value = model(inputs_embeds=embeddings).logits.square().mean()
+        gradients.append(torch.autograd.grad(value, embeddings)[0])
+    assert torch.equal(*gradients)
+
+
+def test_a_recurrent_network_cannot_be_disabled() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LSTM(8, 8))
+    ll.attach(model, tiny("lora"), train_also=(r"^1\.",))
+    with pytest.raises(ll.StateError, match="reads its weights past their names"):
+        ll.disabled(model)

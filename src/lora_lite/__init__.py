@@ -13,6 +13,7 @@ from lora_lite.attach import attach, detach
 from lora_lite.attachment import Attachment, attachment, base_state_dict
 from lora_lite.check import CheckReport, check
 from lora_lite.checkpoint import load, save
+from lora_lite.coefficient import disabled, scale
 from lora_lite.config import AdapterConfig
 from lora_lite.contrast import Contrast
 from lora_lite.cost import AttachCost
@@ -31,7 +32,6 @@ from lora_lite.errors import (
 )
 from lora_lite.frozen_basis import Basis, register_basis
 from lora_lite.optim import param_groups
-from lora_lite.state import disabled, scale
 
 __version__ = _version("lora-lite")
 

@@ -15,14 +15,16 @@ from lora_lite.attachment import Attachment, attachment, is_adapters_key
 from lora_lite.calibration import broadcast, calibrate
 from lora_lite.config import AdapterConfig
 from lora_lite.cost import AttachCost, peak_memory_mb
+from lora_lite.dial import Dial
 from lora_lite.errors import CalibrationError, LoraLiteWarning, StateError, TargetError
 from lora_lite.hooks import hook_layer, hook_root
 from lora_lite.linear import execution_device, is_sharded, shape
 from lora_lite.packing import allow_packing, forbid_packing, packing_forbidden
 from lora_lite.patterns import matches, near_misses
-from lora_lite.state import ROOT, Attached, Dial, State, find_root, refuse_merged, root_of, trained_also
+from lora_lite.state import ROOT, Attached, State, find_root, refuse_merged, root_of, trained_also
 from lora_lite.stats import Statistics, generator
 from lora_lite.targets import left_out, left_out_words, select, selection, uncovered
+from lora_lite.train_also import forget_originals
 
 ADAPTER_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule")
@@ -306,6 +308,7 @@ def release(root: nn.Module, state: State) -> None:
     """Forget the state of a root without adapters, and restore the flags of its parameters and 4-bit layers."""
     hook_root(root, False)
     allow_packing(root, state.packing)
+    forget_originals(root)
     for key, parameter in root.named_parameters():
         if key in state.requires_grad and (parameter.is_floating_point() or parameter.is_complex()):
             parameter.requires_grad_(state.requires_grad[key])

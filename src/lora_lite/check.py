@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from lora_lite.adapter import Adapter
 from lora_lite.calibration import run
+from lora_lite.coefficient import scale
 from lora_lite.errors import CheckError, CoefficientError
-from lora_lite.state import State, adapters_of, refuse_merged, root_of, scale, tensors_in
+from lora_lite.state import State, adapters_of, refuse_merged, root_of, tensors_in
 from lora_lite.stats import generator
 
 PERTURBATION = 1e-2

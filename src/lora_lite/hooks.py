@@ -4,31 +4,48 @@ All are module-level functions that find what they need on the module they are c
 own adapters.
 """
 
-import functools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_lite.adapter import Adapter, adapters_on, cast
+from lora_lite.coefficient import in_generate, spread_rows
+from lora_lite.context import NO_TASK, graph_task
 from lora_lite.errors import TargetError
 from lora_lite.linear import shape
-from lora_lite.state import ROOT, Call, State, batch_shape, in_backward, spread_rows, tensors_in
+from lora_lite.state import ROOT, State, batch_shape, tensors_in
+
+TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 
 
 def before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """Compose the befores, in the order in which the adapters were attached."""
-    x, put = _input(layer, args, kwargs)
+    given, put = _input(layer, args, kwargs)
+    x = given.to_padded_tensor(0.0) if given.is_nested else given
     for adapter in adapters_on(layer):
         if adapter.before is not None:
             x = cast(adapter(x, None, layer, _coefficient(adapter, x)), x)
-    return put(x)
+    return put(_nested_like(x, given) if given.is_nested else x)
+
+
+def _nested_like(padded: Tensor, nested: Tensor) -> Tensor:
+    """The rows of a padded (B, T, d) in the lengths of `nested`, as torch's encoder gives it in eval mode."""
+    rows = [row[: like.shape[0]] for row, like in zip(padded, nested.unbind(), strict=True)]
+    return torch.nested.as_nested_tensor(rows)
 
 
 def after_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Tensor:
     """Add each adapter's change. All read the same (x', y), so that their order does not matter."""
     x, _ = _input(layer, args, kwargs)
+    if x.is_nested and isinstance(y, Tensor):
+        return _nested_like(_changed(layer, x.to_padded_tensor(0.0), y.to_padded_tensor(0.0)), x)
+    return _changed(layer, x, y)
+
+
+def _changed(layer: nn.Module, x: Tensor, y: Any) -> Tensor:
     i, o = shape(layer)
     if not isinstance(y, Tensor) or x.shape[-1] != i or y.shape[-1] != o:
         found = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
@@ -44,9 +61,10 @@ def after_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
 
 
 def _coefficient(adapter: Adapter, x: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return spread_rows(adapter.dial.local.cell.value, x, None)
     state: State = adapter.dial.state
-    call = state.recomputed if state.call is None else state.call
-    return spread_rows(state.coefficient(adapter.dial), x, call)
+    return spread_rows(state.coefficients.setting(adapter.dial).c, x, state.coefficients.call())
 
 
 def _input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Callable[[Tensor], Any]]:
@@ -67,10 +85,10 @@ def before_call(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if torch.compiler.is_compiling():
         return
     state: State = root.__dict__[ROOT]
-    if not in_backward():
-        _leave_backward(state)  # one that failed did not
-    values = {name: attached.dial.value for name, attached in state.adapters.items()}
-    state.call = Call(values, *batch_shape(tensors_in([args, kwargs])))
+    coefficients = state.coefficients
+    settings = coefficients.snapshot([attached.dial for attached in state.adapters.values()])
+    tokens = [kwargs[key] for key in TOKENS if key in kwargs]  # before images, of which a row may have several
+    coefficients.begin(settings, *batch_shape(tensors_in([tokens, args, kwargs])), partial(in_generate, root))
 
 
 def after_call(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -81,27 +99,12 @@ def after_call(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
     if torch.compiler.is_compiling():
         return
     state: State = root.__dict__[ROOT]
-    call, state.call = state.call, None
-    if call is None or not torch.is_grad_enabled() or in_backward():
+    call = state.coefficients.end()
+    if call is None or not torch.is_grad_enabled() or graph_task() != NO_TASK:
         return
     for tensor in tensors_in(output):
         if tensor.requires_grad:
-            tensor.register_hook(functools.partial(_enter_backward, state, call))
-
-
-def _enter_backward(state: State, call: Call, grad: Tensor) -> None:
-    if state.recomputed is None:
-        torch.autograd.Variable._execution_engine.queue_callback(functools.partial(_leave_backward, state))
-    state.recomputed = call
-    for name, value in call.values.items():
-        if name in state.adapters:
-            state.adapters[name].dial.compiled = value
-
-
-def _leave_backward(state: State) -> None:
-    state.recomputed = None
-    for attached in state.adapters.values():
-        attached.dial.compiled = attached.dial.value
+            tensor.register_hook(partial(state.coefficients.begin_backward, call))
 
 
 def hook_layer(layer: nn.Module) -> None:

@@ -1,0 +1,56 @@
+"""`train_also` weights as they were at attach, for `disabled`.
+
+A module's `_parameters` is replaced by a dict that gives the original where the context says so. So nothing is written,
+other threads read on what is trained, and parameters are listed, saved and moved as ever.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_lite.errors import StateError
+from lora_lite.state import State, trained_also
+
+
+class Substituting(dict[str, Any]):
+    """A module's parameters by name, of which some (name -> adapter and key) are the base's where it is disabled."""
+
+    state: State
+    also: dict[str, tuple[str, str]]
+
+    def __getitem__(self, name: str) -> Any:
+        parameter = super().__getitem__(name)
+        if torch.compiler.is_compiling() or name not in self.also:
+            return parameter
+        adapter, key = self.also[name]
+        attached = self.state.adapters.get(adapter)
+        if attached is None or not self.state.coefficients.setting(attached.dial).base:
+            return parameter
+        with torch.inference_mode(False), torch.no_grad():
+            original = attached.originals[key] = attached.originals[key].to(parameter.device)
+            return nn.Parameter(original.to(parameter.dtype), requires_grad=False)
+
+
+def substitute_originals(root: nn.Module, state: State) -> None:
+    """Let modules with `train_also` weights give the originals where the adapter is disabled.
+
+    Raises:
+        StateError: a recurrent network's weight is trained, which it reads from a list of its own.
+    """
+    names = {id(p): (each, key) for each in state.adapters for key, p in trained_also(root, each).items()}
+    for path, module in root.named_modules():
+        also = {name: names[id(p)] for name, p in module._parameters.items() if id(p) in names}
+        if also and isinstance(module, nn.RNNBase):
+            raise StateError(f"disabled: {path} is trained as well (train_also) and reads its weights past their names")
+        if also:
+            found = Substituting(module._parameters)
+            found.state, found.also = state, also
+            module._parameters = found
+
+
+def forget_originals(root: nn.Module) -> None:
+    """Give every module a plain dict of parameters again."""
+    for module in root.modules():
+        if isinstance(module._parameters, Substituting):
+            module._parameters = dict(module._parameters)
