@@ -33,6 +33,7 @@ from lora_lite.lab.tasks import (
     require_sound_key,
     split_of,
 )
+from lora_lite.printable import one_line
 
 GSM8K = "openai/gsm8k:main"
 METAMATH = "meta-math/MetaMathQA"
@@ -197,7 +198,7 @@ def read_part(source: str, split: str, make: Maker, question: str = "question", 
     """
     rows = load_rows(source, split, (question, answer))
     part, echoes = Part({}, Origin(source, split, len(rows)), Counter()), 0
-    for row in tqdm(rows, desc=f"read {source}", unit="row", disable=len(rows) < LONG):
+    for row in tqdm(rows, desc=one_line(f"read {source}"), unit="row", disable=len(rows) < LONG):
         asked, told = (str(row[name]).strip() if row[name] is not None else "" for name in (question, answer))
         if not asked or not told:
             part.left_out["without question or answer"] += 1
