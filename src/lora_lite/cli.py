@@ -13,6 +13,7 @@ from typing import Any
 
 import lora_lite as ll
 from lora_lite.adapter import Adapter
+from lora_lite.printable import printable
 
 LAB_HINT = "the command line needs the lab's packages: pip install 'lora-lite[lab]'"
 
@@ -99,7 +100,7 @@ def lab_command(name: str, arguments: Sequence[str]) -> int:
     try:
         return getattr(commands, name)(arguments)
     except (ll.LoraLiteError, ValueError, OSError) as error:
-        print(f"lora-lite: {type(error).__name__}: {error}", file=sys.stderr)
+        print(printable(f"lora-lite: {type(error).__name__}: {error}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"lora-lite: interrupted; {commands.RESUME[name]}", file=sys.stderr)

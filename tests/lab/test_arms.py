@@ -70,3 +70,18 @@ def test_what_cannot_be_read_says_why(text: str, words: str) -> None:
     with pytest.raises(ArmError) as raised:
         parse_arms(text)
     assert words in str(raised.value)
+
+
+def test_a_million_arms_are_refused_before_they_are_made() -> None:
+    values = ",".join(map(str, range(1, 1001)))
+    for line in (
+        f"lora[r={values},alpha={values}]",
+        "+".join(["lora[r=1,2,3,4,5,6,7,8,9,10]"] * 6),
+        f"lora[r={values}],dora",
+    ):
+        with pytest.raises(ArmError, match="more than 1,000"):
+            parse_arms(line)
+    with pytest.raises(ArmError, match="letters"):
+        parse_arms("lora," * 10**6)
+    with pytest.raises(ArmError, match="nested"):
+        parse_arms("lora[r=" + "-" * 10_000 + "1]")

@@ -84,8 +84,8 @@ def test_flags_reach_the_config_wherever_they_stand(folder: Path, capsys: pytest
 
 def test_equal_commands_give_equal_results(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     seen = []
-    for _ in range(2):
-        assert train(folder, "lora") == 0
+    for again in ([], ["--overwrite"]):
+        assert train(folder, *again, "lora") == 0
         capsys.readouterr()
         seen.append(
             (

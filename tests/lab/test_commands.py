@@ -127,3 +127,14 @@ def test_report_and_others_explain_themselves(command: str, capsys: pytest.Captu
 def test_report_of_an_empty_folder_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["report", str(tmp_path)]) == 1
     assert "study.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"{}", b"[]", b"", b"{", b"\xff", b"[" * 100_000, b'{"study": {}}', b'{"study": {"seeds": "3"}}', b"NaN"],
+)
+def test_a_damaged_plan_is_a_sentence(content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "study.json").write_bytes(content)
+    assert cli.main(["report", str(tmp_path)]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("lora-lite: LedgerError: ") and len(told.splitlines()) == 1 and "study.json" in told

@@ -1,4 +1,5 @@
 import json
+import re
 import threading
 import warnings
 from pathlib import Path
@@ -254,3 +255,54 @@ def test_a_configuration_is_read_without_weights(tmp_path: Path) -> None:
 def test_an_unreadable_configuration_says_so(name: str) -> None:
     with pytest.raises(ModelError, match=r"cannot load .*from the hub.*(\n.*)*Mend it"):
         model_config(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.safetensors", b""),
+        ("model.safetensors", b"\x01" * 5000),
+        ("tokenizer.json", b"{}"),
+        ("tokenizer.json", b"[]"),
+        ("tokenizer.json", b"\xff"),
+        ("tokenizer_config.json", b"[]"),
+        ("config.json", b"[]"),
+        ("generation_config.json", b"[]"),
+    ],
+)
+def test_a_damaged_file_of_a_model_is_a_sentence(name: str, content: bytes, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ModelError, match=re.escape(f"cannot load a causal language model {folder!r}")):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("num_hidden_layers", 3, "its weights lack 9 tensors, such as model.layers.2"),
+        ("hidden_size", "abc", "hidden_size"),
+        ("hidden_size", 64, "does not belong to the others"),
+        ("num_attention_heads", 0, "ZeroDivisionError"),
+    ],
+)
+def test_weights_that_do_not_fit_their_configuration_are_refused(
+    key: str, value: object, words: str, tmp_path: Path
+) -> None:
+    folder = save_tiny(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(ModelError, match=words):
+        load_model(folder)
+
+
+def test_a_models_own_code_is_not_run(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path)
+    path = tmp_path / "config.json"
+    own = {"auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}, "model_type": "own"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **own}))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    for read in (load_model, model_config):
+        with pytest.raises(ModelError, match="trust_remote_code"):
+            read(folder)
+    assert not (tmp_path / "ran").exists()

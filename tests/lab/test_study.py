@@ -71,3 +71,14 @@ def test_unknown_names_say_what_there_is() -> None:
         load_study("metric")
     with pytest.raises(ArmError, match="'lorra' is no method"):
         Study(methods=("lorra",)).arms()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"seeds": "3"}, {"methods": 5}, {"rate_ratio": float("nan")}, {"training": []},
+     {"training": {"steps": "2"}},
+     {"layers": ["a"]}, {"costs": 1}, {"model": None}, {"seeds": 10**9}, {"rates": 10**9 + 1}],
+)  # fmt: skip
+def test_damaged_data_of_a_study_is_a_sentence(values: object) -> None:
+    with pytest.raises(StudyError):
+        Study.from_dict(values)  # type: ignore[arg-type]

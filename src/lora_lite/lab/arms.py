@@ -9,6 +9,7 @@ targets). "all" stands for every method that is trained.
 import ast
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from lora_lite.config import AdapterConfig
 
 ALL = "all"
 BASE = "base"
+MOST_ARMS = 1000  # each is trained several times
+LONGEST_LINE = 20_000  # letters
 OUTSIDE_BRACKETS = r"(?![^\[(]*[\])])"
 
 
@@ -54,15 +57,19 @@ def parse_arms(lines: str | Iterable[str], common: Mapping[str, Any] | None = No
 
     common: fields of every config (targets, layers). A method with target names of its own (IA3) keeps them: where it
     acts is part of what it is.
-    Raises ArmError for what cannot be read: an unknown method or setting, a refused value, an arm that comes twice.
+    Raises ArmError for what cannot be read: an unknown method or setting, a refused value, an arm that comes twice; and
+    for more than 1,000 arms.
     """
     text = lines if isinstance(lines, str) else ",".join(lines)
+    if len(text) > LONGEST_LINE:
+        raise ArmError(f"the line of arms has {len(text):,} letters, more than {LONGEST_LINE:,}: {text[:60]!r}...")
     arms: dict[str, Arm] = {}
     for word in filter(None, (part.strip() for part in re.split(rf",{OUTSIDE_BRACKETS}", text))):
         for arm in [arm for each in (trained() if word == ALL else [word]) for arm in _expand(each, common or {})]:
             if arm.name in arms:
                 raise ArmError(f"the arm {arm.name!r} comes twice in {text!r}")
             arms[arm.name] = arm
+        require_few(len(arms), text)
     if not arms:
         raise ArmError(f"no method in {text!r}: give some, such as lora,dora, or {ALL}")
     return list(arms.values())
@@ -73,9 +80,16 @@ def trained() -> list[str]:
     return [name for name, cls in ll.variants().items() if cls.trained]
 
 
+def require_few(count: int, text: str) -> None:
+    """Raise `ArmError` for more arms than anybody can train."""
+    if count > MOST_ARMS:
+        raise ArmError(f"{text[:200]!r} stands for {count:,} arms, more than {MOST_ARMS:,}: give fewer values")
+
+
 def _expand(word: str, common: Mapping[str, Any]) -> list[Arm]:
     """The arms of one word: the product of its sweeps, and of its parts joined by "+"."""
     parts = [_part(part.strip(), common) for part in re.split(rf"\+{OUTSIDE_BRACKETS}", word)]
+    require_few(math.prod(map(len, parts)), word)
     return [
         Arm("+".join(name for name, _ in choice), tuple(cfg for _, cfg in choice))
         for choice in itertools.product(*parts)
@@ -96,6 +110,7 @@ def _part(text: str, common: Mapping[str, Any]) -> list[tuple[str, AdapterConfig
         raise ArmError(f"{text!r}: {name} has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}")
     own_targets = bool(cls.Config().target_names)
     shared = {k: v for k, v in common.items() if not (own_targets and k in ("target_names", "target_roles"))}
+    require_few(math.prod(map(len, settings.values())), text)
     arms = []
     for values in itertools.product(*settings.values()):
         chosen = dict(zip(settings, values, strict=True))
@@ -130,3 +145,5 @@ def _value(text: str) -> Any:
         return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError):
         return text.strip()
+    except (RecursionError, MemoryError) as error:
+        raise ArmError(f"the value {text[:60]!r}... is nested too deeply") from error

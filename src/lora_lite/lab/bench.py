@@ -2,28 +2,40 @@
 
 import contextlib
 import dataclasses
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 import lora_lite as ll
+from lora_lite.atomic import expanded
+from lora_lite.lab.arms import ArmError
+from lora_lite.lab.checkpoints import fingerprint, last_checkpoint, read_progress
 from lora_lite.lab.cost import measured_costs
 from lora_lite.lab.evaluate import Evaluation
-from lora_lite.lab.ledger import DONE, FAILED, Ledger, publish, read_json, run_id
+from lora_lite.lab.ledger import DONE, FAILED, Ledger, LedgerError, publish, read_json, run_id
 from lora_lite.lab.provenance import provenance
 from lora_lite.lab.run import calibration
 from lora_lite.lab.study import Job, Study, StudyError, jobs
+from lora_lite.lab.terminal import note
 from lora_lite.lab.trackers import Trackers, require_trackers
-from lora_lite.lab.train import Progress, last_checkpoint, train
+from lora_lite.lab.train import Progress, train
 from lora_lite.lab.workbench import Workbench, job_config, open_workbench, plan_of
 
 POLL_SECONDS = 2.0
 # What a method, a setting or the data can cause. A full disk, say, is no result of a run: it stops the study.
 FAILURES = (ll.LoraLiteError, RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError)
+
+
+# What `study.json` must hold: keys from the outermost in, and the type of what is there.
+PLAN: dict[tuple[str, ...], type] = {
+    ("study",): dict, **{("prints", part): str for part in ("base", "train", "validation", "test", "other", "general")},
+    ("dtype",): str, ("device",): str, ("max_new_tokens",): int, ("sources", "notes"): list, ("command",): str,
+    **{("sources", "tokens", "train", key): int for key in ("kept", "too_long", "empty")},
+    ("sources", "tokens", "validation", "kept"): int,
+}  # fmt: skip
 
 
 def run_study(
@@ -37,6 +49,7 @@ def run_study(
     Raises what is wrong with the study's task, data or model before anything is run; `StudyError` if the folder holds
     the results of another study.
     """
+    folder = expanded(folder)
     ledger = Ledger(folder)
     study = study.as_run()  # errors in the line of arms, and missing trackers, come before the model is loaded
     require_trackers(report_to)
@@ -47,14 +60,14 @@ def run_study(
     publish(folder / "study.json", plan)
     publish(ledger.data / f"{bench.prints['test']}.json", [[e.prompt, e.answer] for e in bench.test])
     if retry_failed and (removed := ledger.forget_failures()):
-        tqdm.write(f"{removed} failed runs are tried again")
+        note(f"{removed} failed runs are tried again")
     waiting = False
     while todo := remaining(study, plan, ledger):
         if do_one(todo, bench, plan, ledger):
             waiting = False
             continue
         if not waiting:
-            tqdm.write(f"waiting for another process, which is at {', '.join(map(str, todo[:4]))}")
+            note(f"waiting for another process, which is at {', '.join(map(str, todo[:4]))}")
         waiting = True
         time.sleep(POLL_SECONDS)
     return ledger
@@ -92,8 +105,25 @@ def shared_config(study: Study, plan: dict[str, Any]) -> dict[str, Any]:
 
 def read_plan(folder: Path) -> tuple[Study, dict[str, Any]]:
     """The study of a folder of results, and what its runs are found by. Raises `LedgerError` where there is none."""
-    plan = read_json(folder / "study.json")
-    return Study.from_dict(plan["study"]), plan
+    path = expanded(folder) / "study.json"
+    plan = read_json(path)
+    wrong = [".".join(keys) for keys, kind in PLAN.items() if not isinstance(_within(plan, keys), kind)]
+    if wrong:
+        raise LedgerError(
+            f"{path} is damaged: {wrong[0]} is missing or of another type; remove it, and the same bench makes it again"
+        )
+    try:
+        study = Study.from_dict(plan["study"])
+        study.arms()
+    except (StudyError, ArmError) as error:
+        raise LedgerError(f"{path} is damaged: {error}; remove it, and the same bench makes it again") from error
+    return study, plan
+
+
+def _within(value: Any, keys: Sequence[str]) -> Any:
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 def remaining(study: Study, plan: dict[str, Any], ledger: Ledger) -> list[Job]:
@@ -125,11 +155,11 @@ def do_one(todo: list[Job], bench: Workbench, plan: dict[str, Any], ledger: Ledg
         alone = ledger.claim("costs") if job.kind == "cost" else contextlib.nullcontext(True)
         with alone as free, ledger.claim(run_id(config)) as mine:
             if free and mine:
-                tqdm.write(f"[{len(todo)} to do] {job}")
+                note(f"[{len(todo)} to do] {job}")
                 status, found = attempt(job, bench, ledger.scratch(run_id(config)))
                 ledger.write(config, status, found)
                 ledger.tidy(run_id(config))
-                tqdm.write(f"  {told(status, found)}")
+                note(f"  {told(status, found)}")
                 if status == FAILED:  # after its record: should this fail too, the next start goes on with the others
                     bench.reload()
                 return True
@@ -154,6 +184,8 @@ def attempt(job: Job, bench: Workbench, scratch: Path) -> tuple[str, dict[str, A
     try:
         status, found = DONE, perform(job, bench, scratch)
         bench.require_base()
+    except OSError:
+        raise
     except FAILURES as error:
         status, found = FAILED, {"reason": f"{type(error).__name__}: {error}"}
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started))
@@ -178,7 +210,12 @@ def train_and_measure(job: Job, bench: Workbench, scratch: Path) -> dict[str, An
     methods = job.arm.with_seed(job.seed)
     training = dataclasses.replace(bench.study.training, lr=job.lr, seed=job.seed)
     seconds: dict[str, float] = {}
-    if last_checkpoint(scratch) is None:
+    checkpoint = last_checkpoint(scratch)
+    if checkpoint is not None and read_progress(checkpoint)[1] != fingerprint(training, bench.train):
+        note(f"{checkpoint} was written by another version of the lab: it is discarded, and the run starts again")
+        shutil.rmtree(scratch)
+        checkpoint = None
+    if checkpoint is None:
         data = calibration(methods, bench.train, bench.pad, training.batch_size, bench.study.calibration_batches)
         cost = ll.attach(bench.model, methods, data).cost
         seconds |= {f"attach_{phase}": value for phase, value in cost.seconds.items()} if cost else {}

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -9,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from rich.console import Console
 
-from lora_lite.lab import flags, tables
+from lora_lite.atomic import expanded, write_atomically
+from lora_lite.lab import flags, tables, terminal
 from lora_lite.lab import report as reports
 from lora_lite.lab.analysis import analyse
 from lora_lite.lab.bench import run_study
@@ -35,7 +36,7 @@ STYLE = (tyro.conf.OmitArgPrefixes,)
 
 def say(value: Any) -> None:
     """The last line of output."""
-    print(json.dumps(value, sort_keys=True))
+    print(json.dumps(value, sort_keys=True).replace("\x7f", r"\u007f"))
 
 
 def train(arguments: Sequence[str]) -> int:
@@ -43,7 +44,7 @@ def train(arguments: Sequence[str]) -> int:
     run, method, training = flags.parse(arguments)
     if run.probe:
         found = probe(run, method, training)
-        Console().print(found.table())
+        terminal.console().print(found.table())
         say(found.summary())
         return 0 if found.ok else 1
     result = finetune(run, method, training)
@@ -113,26 +114,30 @@ def study(arguments: Sequence[str]) -> int:
 
 def compare(asked: BenchFlags, command: str) -> int:
     """Run a study, and show what it found."""
-    folder = asked.out or Path("runs") / asked.study.name
+    folder = expanded(asked.out) if asked.out else Path("runs") / slug(asked.study.name)
     ledger = run_study(asked.study, folder, command, asked.retry_failed, asked.report_to)
     if asked.tsv:
         write_tsv(ledger, asked.tsv)
     return show(folder, page=asked.page)
 
 
+def slug(name: str) -> str:
+    """A name as that of a folder: letters, digits, dots and hyphens, in no other folder."""
+    return re.sub(r"[^\w.-]+", "-", name).strip(".-") or "bench"
+
+
 def write_tsv(ledger: Ledger, path: Path) -> None:
     """All runs as tab-separated values."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(ledger.tsv(), encoding="utf-8")
+    write_atomically(path, ledger.tsv().encode(errors="backslashreplace"))
 
 
 def show(folder: Path, page: bool) -> int:
     """Print the table of a folder of results, and make its page; 1 if runs failed."""
     findings = analyse(folder)
-    console = Console()
+    console = terminal.console()
     console.print(tables.terminal(findings, console.width))
     for line in (*findings.notes, *labelled("missing", findings.missing), *labelled("failed", findings.failures)):
-        console.print(line, markup=False, highlight=False)
+        terminal.line(console, line)
     written = write_page(findings, folder) if page else []
     arms = {arm.arm: arm.accuracy.mean if arm.accuracy else None for arm in findings.arms}
     pages = [str(path) for path in written]
@@ -162,9 +167,9 @@ def report(arguments: Sequence[str]) -> int:
     """Make the page of a folder of results: index.html, which needs no network, and pictures."""
     about = "One self-contained page (index.html) and pictures (PNG) of a bench or study, in its folder, and its table."
     found = tyro.cli(ReportFlags, args=list(arguments), prog="lora-lite report", description=about, config=STYLE)
-    show(found.results, page=True)
+    show(expanded(found.results), page=True)
     if found.tsv:
-        write_tsv(Ledger(found.results), found.tsv)
+        write_tsv(Ledger(expanded(found.results)), found.tsv)
     return 0
 
 
@@ -207,6 +212,6 @@ def cost(arguments: Sequence[str]) -> int:
     arms = {arm.name: list(arm.configs) for arm in Study(**shared).arms()}
     dtype = pick_dtype(asked.dtype, pick_device(None))
     found = costs(asked.model, arms, dtype, asked.quantization, measure=not asked.shapes)
-    Console().print(cost_table(found))
+    terminal.console().print(cost_table(found))
     say(found)
     return 0

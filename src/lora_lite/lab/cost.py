@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from rich.text import Text
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -23,6 +22,7 @@ from lora_lite.adapter import Adapter, variant_of
 from lora_lite.adapter_file import SKETCH_ROWS
 from lora_lite.config import AdapterConfig
 from lora_lite.errors import CheckpointError, LoraLiteError, TargetError
+from lora_lite.lab import terminal
 from lora_lite.lab.macs import added_macs, base_macs
 from lora_lite.lab.measure import Workload, measure_arm
 from lora_lite.lab.models import model_config
@@ -222,12 +222,12 @@ def cost_table(rows: Mapping[str, Row]) -> Table:
         for name, row in rows.items()
     }
     kept = [title for title in columns if any(found.get(title) for found in cells.values())]
-    table = Table("method", title="costs")
+    table = terminal.table("costs", "\n".join(_captions(cells)))
+    terminal.column(table, "method")
     for title in kept:
-        table.add_column(title, justify="right")
+        terminal.column(table, title, right=True)
     for name, found in cells.items():
-        table.add_row(name, *([found[title] for title in kept] if "" not in found else []))
-    table.caption = Text("\n".join(_captions(cells)))
+        terminal.row(table, [name, *([found[title] for title in kept] if "" not in found else [])])
     return table
 
 

@@ -4,6 +4,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from lora_lite.printable import printable
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -170,3 +172,15 @@ class Findings:
     def to_dict(self) -> dict[str, Any]:
         """As plain data for JSON."""
         return dataclasses.asdict(self)
+
+
+def shown(value: Any) -> Any:
+    """Findings, or a part of them, with every text made fit to be shown: see `printable`."""
+    if isinstance(value, str):
+        return printable(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = dataclasses.fields(value)
+        return dataclasses.replace(value, **{field.name: shown(getattr(value, field.name)) for field in fields})
+    if isinstance(value, dict):
+        return {shown(key): shown(each) for key, each in value.items()}
+    return type(value)(map(shown, value)) if isinstance(value, list | tuple) else value

@@ -9,16 +9,14 @@ import csv
 import hashlib
 import io
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
+from lora_lite.atomic import expanded, write_atomically
 from lora_lite.errors import LoraLiteError
+from lora_lite.lab.locks import hold
 
 FORMAT = 1
 DONE, FAILED = "done", "failed"
@@ -28,7 +26,7 @@ class LedgerError(LoraLiteError, RuntimeError):
     """The folder of results cannot be used, or a file in it is damaged; the message says which, and how to mend it."""
 
 
-def run_id(config: Mapping[str, Any]) -> str:
+def run_id(config: Any) -> str:
     """The name of a run: 16 hex digits of the SHA-256 of its configuration as canonical JSON."""
     return hashlib.sha256(canonical(config).encode()).hexdigest()[:16]
 
@@ -53,7 +51,7 @@ class Ledger:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder = folder = expanded(folder)
         self.runs, self.data, self.work = folder / "runs", folder / "data", folder / ".work"
 
     def read(self, run: str) -> dict[str, Any] | None:
@@ -63,7 +61,7 @@ class Ledger:
             return None
         record = read_json(path)
         whole = isinstance(record, dict) and digest(record) == record.get("digest")
-        if not whole or record["id"] != run or run_id(record["config"]) != run:
+        if not whole or record.get("id") != run or run_id(record.get("config")) != run or lacks(record):
             raise LedgerError(
                 f"{path} does not hold the run that it is named after: it was changed by hand, or is damaged; remove "
                 "it, and the run is made again"
@@ -99,16 +97,8 @@ class Ledger:
     def claim(self, run: str) -> Iterator[bool]:
         """Whether this process may make the run: False if another is at it, or has made it in the meantime."""
         self.work.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.work / f"{run}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            yield False
-            return
-        try:
-            yield self.read(run) is None
-        finally:
-            lock.release()
+        with hold(self.work / f"{run}.lock") as holder:
+            yield not holder and self.read(run) is None
 
     def scratch(self, run: str) -> Path:
         """A folder for the checkpoints of a run that is going on."""
@@ -141,32 +131,30 @@ def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
+def lacks(record: Mapping[str, Any]) -> bool:
+    """Whether a record lacks what every run writes: a configuration, a status and, of a failure, the reason."""
+    if not isinstance(record.get("config"), dict) or record.get("status") not in (DONE, FAILED):
+        return True
+    return record["status"] == FAILED and not isinstance(record.get("reason"), str)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
 def read_json(path: Path) -> Any:
     """What a JSON file holds. Raises `LedgerError` if it is not there or cannot be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except FileNotFoundError as error:
         raise LedgerError(
             f"{path} is not there: {path.parent} holds no results (`lora-lite bench` and `lora-lite study` make them)"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise LedgerError(f"{path} cannot be read ({error}): remove it, and the same bench makes it again") from error
 
 
 def publish(path: Path, value: Any, once: bool = False) -> None:
     """Write JSON so that the file is there whole or not at all. once: raises FileExistsError if it is there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        if once:
-            os.link(temporary, path)  # unlike a rename, this fails where the name is taken
-        else:
-            os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    write_atomically(path, text.encode(), once)

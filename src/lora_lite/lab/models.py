@@ -10,6 +10,7 @@ import importlib.util
 import json
 import logging
 import os
+import pickle
 import shutil
 import tempfile
 import warnings
@@ -19,6 +20,8 @@ from typing import Any, cast
 
 import torch
 from filelock import FileLock
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -45,6 +48,12 @@ STORED_DTYPE = torch.bfloat16
 # Part of the folder's name: a change of the conversion must not read what an older one wrote.
 CONVERSION = f"{EMBEDDED}-{WHEEL_VERSION}-bf16-v1"
 
+# What transformers, safetensors and torch raise for files that are missing, damaged, or do not belong together.
+UNREADABLE = (
+    OSError, ValueError, ImportError, SafetensorError, StrictDataclassError, RuntimeError, LookupError, TypeError,
+    AttributeError, ArithmeticError, EOFError, pickle.UnpicklingError,
+)  # fmt: skip
+
 
 class ModelError(LoraLiteError, RuntimeError):
     """A model or its tokenizer cannot be had or used; the message says which, why, and how to mend it."""
@@ -59,6 +68,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
     quantization: str = "none",
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in eval mode with its tokenizer.
 
@@ -66,12 +76,13 @@ def load_model(
     dtype: of the weights, and of the computation where they are quantised. device: where to put them; None leaves them
     on the CPU. quantization: "4bit" (NF4) or "8bit" quantises the linear layers with bitsandbytes as they are read; the
     embeddings and the output layer stay as they are. bitsandbytes does not pack 4-bit weights for a kernel in bf16.
+    trust_remote_code: run the code that the folder or hub id brings along; without it, one that needs it is refused.
     The tokenizer always has `eos_token` and `pad_token` (the end token serves as padding where there is no other).
     Raises ModelError if the wheel, the folder or the hub id cannot be read, if there is no end token, for an unknown
     quantization, and where bitsandbytes is missing.
     """
     options = _quantized(quantization, dtype, device)
-    model, tokenizer = _read_pretrained(_folder(name), name, dtype, options)
+    model, tokenizer = _read_pretrained(_folder(name), name, dtype, options, trust_remote_code)
     _set_special_tokens(model, tokenizer, name)
     forbid_packing(model)  # so that the base is measured in the arithmetic that its adapters are trained in
     if device is not None and not options:
@@ -79,20 +90,20 @@ def load_model(
     return model.eval(), tokenizer
 
 
-def model_config(name: str = EMBEDDED) -> PreTrainedConfig:
+def model_config(name: str = EMBEDDED, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The configuration of a model, without its weights: what parameters and costs are counted from.
 
-    name: as for `load_model`. Raises ModelError if it cannot be read.
+    name, trust_remote_code: as for `load_model`. Raises ModelError if it cannot be read.
     """
     folder = _folder(name)
     try:
-        return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except UNREADABLE as error:
         raise _unreadable(folder, name, error) from error
 
 
 def _folder(name: str) -> str:
-    return str(embedded_folder()) if name == EMBEDDED else name
+    return str(embedded_folder()) if name == EMBEDDED else os.path.expanduser(name)
 
 
 def _quantized(quantization: str, dtype: torch.dtype, device: str | torch.device | None) -> dict[str, Any]:
@@ -211,8 +222,10 @@ def _find_gguf() -> Path:
 def convert_gguf(gguf: Path, folder: Path) -> None:
     """Read a GGUF file through transformers and write model and tokenizer to `folder` (safetensors, STORED_DTYPE)."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
+        )
     except ImportError as error:  # transformers asks for the package `gguf`
         raise ModelError(f"{gguf.name} cannot be read: {error}; mend it with: pip install 'lora-lite[lab]'") from error
     split_digits(tokenizer)
@@ -225,7 +238,7 @@ def plain_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     config = copy.deepcopy(model.config)
     vars(config).pop("quantization_config", None)
     config._name_or_path = ""  # else the converting machine's description of the file would be kept
-    plain = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    plain = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     plain.load_state_dict(model.state_dict())
     plain.generation_config = model.generation_config
     return plain
@@ -243,20 +256,29 @@ def split_digits(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _read_pretrained(
-    folder: str, name: str, dtype: torch.dtype, options: dict[str, Any]
+    folder: str, name: str, dtype: torch.dtype, options: dict[str, Any], trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}  # left out, transformers asks on a terminal
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
-    except (OSError, ValueError, ImportError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
+        read: Any = AutoModelForCausalLM.from_pretrained(  # a pair, which its type does not say
+            folder, dtype=dtype, output_loading_info=True, **trust, **options
+        )
+        model, found = read
+    except UNREADABLE as error:
         raise _unreadable(folder, name, error) from error
+    if missing := sorted(found["missing_keys"]):
+        raise _unreadable(folder, name, ValueError(f"its weights lack {len(missing)} tensors, such as {missing[0]}"))
     return model, tokenizer
 
 
 def _unreadable(folder: str, name: str, error: Exception) -> ModelError:
+    reason = str(error).strip() or "the file is empty or cut off"
+    if not isinstance(error, (OSError, ValueError, ImportError)):  # whose message alone says little
+        reason = f"{type(error).__name__}: {reason}; a file of it is damaged, or does not belong to the others"
     where = f"the folder {folder}" if Path(folder).is_dir() else f"the hub (no folder {folder!r} here)"
     return ModelError(
-        f"cannot load a causal language model {name!r} from {where}: {error}\n"
+        f"cannot load a causal language model {name!r} from {where}: {reason}\n"
         f"Mend it: use {EMBEDDED!r} (needs no network), the folder of a model saved with save_pretrained, or a hub "
         "id; that needs the network or a copy in the hub cache (HF_HOME), and a login where the model asks for one."
     )

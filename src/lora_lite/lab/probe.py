@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 import lora_lite as ll
+from lora_lite.lab import terminal
 from lora_lite.lab.catalogue import load_task
 from lora_lite.lab.data import collate, encode
 from lora_lite.lab.models import load_model
@@ -50,10 +51,12 @@ class ProbeReport:
 
     def table(self) -> Table:
         """For people."""
-        table = Table("check", "measured", "asked for", "", title=f"probe, {self.seconds:.0f} s")
+        table = terminal.table(f"probe, {self.seconds:.0f} s")
+        for title in ("check", "measured", "asked for", ""):
+            terminal.column(table, title)
         for check in self.checks:
             style = "bold red" if check.ok is False else ""
-            table.add_row(check.name, check.measured.replace("[", r"\["), check.bound, check.verdict, style=style)
+            terminal.row(table, (check.name, check.measured, check.bound, check.verdict), style)
         return table
 
     def summary(self) -> dict[str, Any]:

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
+from lora_lite.lab import terminal
 from lora_lite.lab.evaluate import Record
 from lora_lite.lab.run import Result
 
@@ -14,31 +14,37 @@ EXAMPLES = 3
 
 def show(result: Result, console: Console | None = None) -> None:
     """Print the result."""
-    console = console or Console()
+    console = console or terminal.console()
     summary = result.summary
-    table = Table("", "before", "after", title=f"{summary['run']['task']}: {summary['items']} held-out items")
+    table = terminal.table(f"{summary['run']['task']}: {summary['items']} held-out items")
+    for title in ("", "before", "after"):
+        terminal.column(table, title)
     for label, before, after in (
         ("accuracy", result.before.accuracy, result.after.accuracy),
         ("mean score of the verifier", result.before.mean_score, result.after.mean_score),
         ("answer occurs anywhere", result.before.mention_rate, result.after.mention_rate),
     ):
-        table.add_row(label, f"{before:.1%}", f"{after:.1%}")
+        terminal.row(table, (label, f"{before:.1%}", f"{after:.1%}"))
     console.print(table)
-    costs = Table("cost", "", show_header=False)
-    costs.add_row("trained parameters", f"{summary['trainable']:,}")
-    costs.add_row("adapter file", f"{summary['adapter_bytes']:,} bytes ({summary['adapter']})")
-    costs.add_row("training", f"{summary['seconds']['train']:.0f} s, {summary['tokens_per_second']:,.0f} tokens/s")
-    costs.add_row("whole run", f"{sum(summary['seconds'].values()):.0f} s")
-    costs.add_row("peak memory", f"{summary['peak_memory_mb']:,.0f} MB")
-    costs.add_row("loaded on a fresh base", f"{summary['reloaded_answers_compared']} answers compared, all the same")
+    costs = terminal.table(show_header=False)
+    terminal.row(costs, ("trained parameters", f"{summary['trainable']:,}"))
+    terminal.row(costs, ("adapter file", f"{summary['adapter_bytes']:,} bytes ({summary['adapter']})"))
+    terminal.row(
+        costs, ("training", f"{summary['seconds']['train']:.0f} s, {summary['tokens_per_second']:,.0f} tokens/s")
+    )
+    terminal.row(costs, ("whole run", f"{sum(summary['seconds'].values()):.0f} s"))
+    terminal.row(costs, ("peak memory", f"{summary['peak_memory_mb']:,.0f} MB"))
+    terminal.row(
+        costs, ("loaded on a fresh base", f"{summary['reloaded_answers_compared']} answers compared, all the same")
+    )
     console.print(costs)
     for line in left_out(summary["data"]):
-        console.print(line, markup=False, highlight=False)
+        terminal.line(console, line)
     for before, after in pick(result.before.records, result.after.records):
         console.rule()
-        console.print(before.prompt.strip()[-400:], markup=False, highlight=False)
+        terminal.line(console, before.prompt.strip()[-400:])
         for label, text in (("expected", before.answer), ("before", before.completion), ("after", after.completion)):
-            console.print(f"  {label:<9} {' '.join(text.split())[:200]}", markup=False, highlight=False)
+            terminal.line(console, f"  {label:<9} {' '.join(text.split())[:200]}")
 
 
 def left_out(data: Mapping[str, Any]) -> list[str]:

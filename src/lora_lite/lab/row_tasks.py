@@ -33,6 +33,7 @@ from lora_lite.lab.tasks import (
     require_sound_key,
     split_of,
 )
+from lora_lite.printable import one_line
 
 GSM8K, GSM8K_FIELDS = "openai/gsm8k:main", ("question", "answer")
 METAMATH = "meta-math/MetaMathQA"
@@ -202,7 +203,7 @@ def read_part(source: str, split: str, make: Maker, question: str = "", answer: 
     """
     rows = exchanges(source, split, question, answer)
     part, echoes = Part({}, Origin(source, split, len(rows)), Counter()), 0
-    for row in tqdm(rows, desc=f"read {source}", unit="row", disable=len(rows) < LONG):
+    for row in tqdm(rows, desc=one_line(f"read {source}"), unit="row", disable=len(rows) < LONG):
         asked, told = (text_of(value, source) for value in (row.question, row.answer))
         if not asked or not told:
             part.left_out[row.left_out or "without question or answer"] += 1

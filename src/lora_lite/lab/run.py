@@ -10,30 +10,29 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 import lora_lite as ll
 from lora_lite.adapter import variant_of
+from lora_lite.atomic import expanded, write_atomically
 from lora_lite.cost import peak_memory_mb
 from lora_lite.lab.catalogue import load_task
 from lora_lite.lab.data import MAX_LENGTH, Encoded, TokenReport, collate, encode
 from lora_lite.lab.evaluate import Evaluation, evaluate
 from lora_lite.lab.models import EMBEDDED, load_model
+from lora_lite.lab.place import Place, RunError
 from lora_lite.lab.provenance import provenance
 from lora_lite.lab.tasks import Example, Task, fingerprint, require_sound_key
+from lora_lite.lab.terminal import note
 from lora_lite.lab.trackers import Trackers, require_trackers
-from lora_lite.lab.train import Progress, TrainConfig, last_checkpoint, train
+from lora_lite.lab.train import Progress, TrainConfig, train
 
 CALIBRATION_BATCHES = 8
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-class RunError(ll.LoraLiteError, RuntimeError):
-    """A run cannot start, or its saved adapter does not answer as the trained one did."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,8 @@ class RunConfig:
         max_length: longest example in tokens; longer ones are left out and counted.
         out: folder for the adapter, the checkpoints and the result.
         resume: go on from the last checkpoint in `out`.
+        overwrite: give up what an earlier run left in `out`.
+        trust_remote_code: run the code that a model's folder or hub id brings along.
         report_to: trackers: "tensorboard", "wandb", "trackio"; through accelerate.
         probe: instead of training, find out in under a minute whether the method works on the model.
     """
@@ -73,10 +74,15 @@ class RunConfig:
     max_length: int = MAX_LENGTH
     out: Path = Path("runs/latest")
     resume: bool = False
+    overwrite: bool = False
+    trust_remote_code: bool = False
     report_to: tuple[str, ...] = ()
     probe: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "out", expanded(self.out))
+        if self.resume and self.overwrite:
+            raise ValueError("RunConfig.resume and overwrite exclude each other: one goes on, the other starts again")
         if self.dtype not in (*DTYPES, "auto"):
             raise ValueError(f"RunConfig.dtype = {self.dtype!r}: must be one of auto, {', '.join(DTYPES)}")
         for name in ("train_examples", "test_examples", "calibration_batches", "max_length"):
@@ -100,8 +106,17 @@ class Result:
 
 
 def pick_device(device: str | None) -> torch.device:
-    """The device asked for, or the GPU if there is one."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """The device asked for, or the GPU if there is one. Raises `RunError` for one that is not here."""
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(name)
+        torch.zeros(1, device=found).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's, of names, drivers and builds
+        reason = str(error).splitlines()[0].strip() if str(error).strip() else type(error).__name__
+        raise RunError(
+            f"--device {name}: cannot be used here ({reason}); leave it out, or give cpu, cuda, ..."
+        ) from error
+    return found
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -135,52 +150,78 @@ def finetune(run: RunConfig, method: ll.AdapterConfig | Sequence[ll.AdapterConfi
     checkpoints go when the run is whole.
 
     Raises:
-        RunError: the output folder holds another run's checkpoints, or the reloaded adapter answers differently.
+        RunError: the output folder holds another run or is in use, there is nothing to resume, the device is not
+            here, or the reloaded adapter answers differently.
         ModelError, TaskError, DataError, TrainingError, TargetError, ...: as each part says.
     """
-    clock, device = Clock(), pick_device(run.device)
+    place = Place(run.out, run.resume, run.overwrite)
+    place.require_fit()
+    device = pick_device(run.device)
     dtype = pick_dtype(run.dtype, device)
-    checkpoints = run.out / "checkpoints"
-    if not run.resume and last_checkpoint(checkpoints) is not None:
-        raise RunError(f"{checkpoints} holds checkpoints: give --resume to go on, or another --out")
     require_trackers(run.report_to)
     task = load_task(run.task)
     train_set, few_train = task.up_to("train", run.train_examples, training.seed)
     test_set, few_test = task.up_to("test", run.test_examples)
     require_sound_key(task, test_set)
+    with place.taken():
+        return _finetune(
+            run, method, training, device, dtype, place, task, train_set, test_set, [*few_train, *few_test]
+        )
+
+
+def _finetune(
+    run: RunConfig,
+    method: ll.AdapterConfig | Sequence[ll.AdapterConfig],
+    training: TrainConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    place: Place,
+    task: Task,
+    train_set: Sequence[Example],
+    test_set: Sequence[Example],
+    few: Sequence[str],
+) -> Result:
+    """`finetune` on data that is read, in a folder that no other run uses."""
+    clock, load = (
+        Clock(),
+        partial(
+            load_model, run.model, dtype, device, quantization=run.quantization, trust_remote_code=run.trust_remote_code
+        ),
+    )
     with clock("load"):
-        model, tokenizer = load_model(run.model, dtype, device, quantization=run.quantization)
+        model, tokenizer = load()
         items, report = encode(train_set, tokenizer, run.max_length)
     data = describe_data(task, train_set, test_set, report)
-    data["notes"] += [*few_train, *few_test]
-    tqdm.write("\n".join((f"{run.task}: {report}; {len(test_set)} held-out items", *data["notes"])))
+    data["notes"] += few
+    note("\n".join((f"{run.task}: {report}; {len(test_set)} held-out items", *data["notes"])))
     with clock("evaluate_before"):
         before = evaluate(model, tokenizer, task, test_set)
     pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
     with clock("attach"):
         batches = calibration(method, items, pad, training.batch_size, run.calibration_batches)
         att = ll.attach(model, method, batches, train_also=run.train_also)
-    tqdm.write(att.summary())
+    note(att.summary())
+    place.clear()
     settings = {"run": dataclasses.asdict(run), "training": dataclasses.asdict(training)}
     with Trackers(run.report_to, run.out, settings, device) as trackers:
         with clock("train"):
-            progress = train(model, items, pad, training, checkpoints, run.resume, on_step=trackers.step)
+            progress = train(model, items, pad, training, place.checkpoints, run.resume, on_step=trackers.step)
         with clock("evaluate_after"):
             after = evaluate(model, tokenizer, task, test_set)
         trackers.finish({"accuracy_before": before.accuracy, "accuracy_after": after.accuracy})
-    adapter = ll.save(model, run.out / "adapter.safetensors")
+    adapter = ll.save(model, place.adapter)
     with clock("reload"):
         # Answered anew, in one batch: padded otherwise, a near tie could turn out otherwise.
         examples = test_set[: run.reload_examples]
         if examples:
             answers = evaluate(model, tokenizer, task, examples, progress=False)
-            fresh = load_model(run.model, dtype, device, quantization=run.quantization)
+            fresh = load()
             ll.load(fresh[0], adapter)
             require_same_answers(answers, evaluate(*fresh, task, examples, progress=False), adapter)
     result = Result(before, after, progress, att.summary(), clock.seconds, data)
     result.summary = summarize(run, method, training, result, att, device, dtype, adapter)
-    write_result(run.out / "result.json", result)
-    shutil.rmtree(checkpoints, ignore_errors=True)  # the run is whole: nothing is left to resume
+    write_result(place.result, result)
+    shutil.rmtree(place.checkpoints, ignore_errors=True)  # the run is whole: nothing is left to resume
     return result
 
 
@@ -276,4 +317,4 @@ def write_result(path: Path, result: Result) -> None:
         "before": [dataclasses.asdict(record) for record in result.before.records],
         "after": [dataclasses.asdict(record) for record in result.after.records],
     }
-    path.write_text(json.dumps(data, indent=1) + "\n")
+    write_atomically(path, (json.dumps(data, indent=1) + "\n").encode())

@@ -2,10 +2,11 @@
 
 import dataclasses
 import math
+import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
-from typing import Annotated, Any
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import tyro
 import yaml
@@ -19,6 +20,7 @@ from lora_lite.lab.models import EMBEDDED, QUANTIZATIONS
 from lora_lite.lab.train import TrainConfig
 
 TUNING_SEED = 0
+MOST_RUNS = 99  # of an arm: seeds, or learning rates
 
 
 class StudyError(ll.LoraLiteError, ValueError):
@@ -99,23 +101,14 @@ class Study:
     arms_as_run: Annotated[Mapping[str, Any], tyro.conf.Suppress] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        least = {
-            "calibration_batches": 1,
-            "validation_examples": 1,
-            "test_examples": 1,
-            "seeds": 1,
-            "rates": 1,
-            "window_tokens": 2,
-        }
-        for name, low in {
-            **least,
-            "calibration_batches": 1,
-            "max_length": 2,
-            "general_windows": 0,
-            "other_examples": 0,
-        }.items():
+        positive = ("validation_examples", "test_examples", "seeds", "rates", "calibration_batches")
+        least = {"window_tokens": 2, "max_length": 2, "general_windows": 0, "other_examples": 0}
+        for name, low in {**dict.fromkeys(positive, 1), **least}.items():
             if getattr(self, name) < low:
                 raise StudyError(f"{name} = {getattr(self, name)}: must be an integer >= {low}")
+        for name in ("seeds", "rates"):
+            if getattr(self, name) > MOST_RUNS:
+                raise StudyError(f"{name} = {getattr(self, name):,}: at most {MOST_RUNS} can be asked for")
         if self.rates % 2 == 0:
             raise StudyError(f"rates = {self.rates}: must be odd, so that the centre is among them")
         if not (self.rate_factor > 0 and self.rate_ratio > 1):
@@ -174,16 +167,38 @@ class Study:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Study":
         """The study that plain data stand for. Raises `StudyError` for an unknown or refused field."""
+        if not isinstance(values.get("training", {}), Mapping):
+            raise StudyError(f"a study's training is a mapping of fields, got {values['training']!r:.80}")
         training = dict(values.get("training") or {})
         for known, given in ((cls, values), (TrainConfig, training)):
             names = [each.name for each in dataclasses.fields(known)]
-            if unknown := sorted(set(given) - set(names)):
+            if unknown := sorted(map(str, set(given) - set(names))):
                 raise StudyError(f"a study has no field {', '.join(unknown)}; the fields are {', '.join(names)}")
+            require_types(known, given)
         plain = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         try:
             return cls(**{**plain, "training": TrainConfig(**training)})
         except (TypeError, ValueError) as error:
             raise StudyError(str(error)) from error
+
+
+def require_types(cls: type, given: Mapping[str, Any]) -> None:
+    """Raise `StudyError` for a value of plain data that is not of its field's type."""
+    hints = get_type_hints(cls)
+    for name, value in given.items():
+        if name != "training" and not _fits(value, hints[name]):
+            wanted = str(getattr(hints[name], "__name__", hints[name])).replace("tuple", "list")
+            raise StudyError(f"{name} = {value!r:.80}: is not of type {wanted}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if get_origin(hint) in (Union, types.UnionType):
+        return any(_fits(value, each) for each in get_args(hint))
+    if get_origin(hint) is tuple:
+        return isinstance(value, list | tuple) and all(_fits(each, get_args(hint)[0]) for each in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) is hint or (hint is type(None) and value is None)
 
 
 def _rounded(value: float) -> float:

@@ -1,17 +1,21 @@
 """Findings as tables: for a terminal and as Markdown. `cells` is the one list of columns."""
 
 import itertools
+import re
 from collections.abc import Callable, Container
 
 from rich.table import Table
 
 from lora_lite.lab import numerals
+from lora_lite.lab import terminal as terminals
 from lora_lite.lab.arms import BASE
 from lora_lite.lab.findings import Change, Cost, Finding, Findings, Interval
+from lora_lite.printable import one_line
 
 NOTHING = "-"
 CELL_FRAME = 3  # characters that a table draws beside each cell
 LEAST_COLUMNS = 3  # shown on however narrow a terminal: method, accuracy, difference
+MARKUP = re.compile(r"[\\|`*]|\](?=[(\[])|(?<!\w)_|_(?!\w)|~(?=~)|!(?=\[)")  # what Markdown may take for its own
 Cell = Callable[[Finding], str]
 
 
@@ -100,15 +104,15 @@ def terminal(findings: Findings, width: int) -> Table:
     """For a terminal of so many characters a line. Columns that do not fit are left out, from the last; all are on the
     page."""
     columns = cells(findings)
-    lines = [[cell(found) for cell in columns.values()] for found in rows(findings)]
+    lines = [[one_line(cell(found)) for cell in columns.values()] for found in rows(findings)]
     wide = [max(map(len, column)) + CELL_FRAME for column in zip(list(columns), *lines, strict=True)]
     fits = max(LEAST_COLUMNS, sum(total < width for total in itertools.accumulate(wide)))
     rest = list(columns)[fits:]
-    table = Table(title=headline(findings), caption=f"on the page too: {', '.join(rest)}" if rest else None)
+    table = terminals.table(headline(findings), f"on the page too: {', '.join(rest)}" if rest else "")
     for index, title in enumerate(list(columns)[:fits]):
-        table.add_column(title, justify="left" if index == 0 else "right", no_wrap=index == 0)
+        terminals.column(table, title, right=index > 0, no_wrap=index == 0)
     for line in lines:
-        table.add_row(*line[:fits])
+        terminals.row(table, line[:fits])
     return table
 
 
@@ -118,7 +122,15 @@ def markdown(findings: Findings, titles: Container[str] | None = None) -> str:
     lines = [[cell(found) for cell in columns.values()] for found in rows(findings)]
     kept = [index for index in range(len(columns)) if any(line[index] != NOTHING for line in lines)]
     table = [[line[index] for index in kept] for line in [list(columns), ["---"] * len(columns), *lines]]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in table)
+    return "\n".join(f"| {' | '.join(map(as_markdown, line))} |" for line in table)
+
+
+def as_markdown(text: str) -> str:
+    """A text for a cell of a Markdown table, which is shown as it is: nothing in it is markup or HTML."""
+    plain = re.sub(
+        r"[\\|`*]|\](?=[(\[])|(?<!\w)_|_(?!\w)|~(?=~)|!(?=\[)", lambda found: "\\" + found[0], one_line(text)
+    )
+    return plain.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def headline(findings: Findings) -> str:

@@ -5,11 +5,7 @@ learning rate, the adapter, the optimiser's moments and the random state. So a r
 same machine ends with the same bits as one that was not.
 """
 
-import dataclasses
-import hashlib
-import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -20,15 +16,19 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 import lora_lite as ll
+from lora_lite.lab.checkpoints import (
+    ADAPTER,
+    fingerprint,
+    last_checkpoint,
+    read_progress,
+    restore_optimizer,
+    save_checkpoint,
+)
 from lora_lite.lab.data import BatchOrder, Encoded, answer_loss, collate, require_positions
-
-ADAPTER, OPTIMIZER, PROGRESS = "adapter.safetensors", "optimizer.safetensors", "progress.json"
 
 
 class TrainingError(ll.LoraLiteError, RuntimeError):
@@ -130,10 +130,11 @@ def train(
         model: a causal language model with an attached adapter (with `resume`: the bare base).
         items: encoded examples. pad: token id to pad with.
         folder: where checkpoints go, every `cfg.save_every` steps. None: none are written.
-        resume: go on from the last checkpoint in `folder`, if there is one.
+        resume: go on from the last whole checkpoint in `folder`, if there is one.
         on_step: called after each step.
     Raises:
         TrainingError: a loss that is not finite, an adapter that never ran, or a checkpoint of another run.
+        CheckpointWriteError: no room for a checkpoint; the one before it is still there.
     """
     require_positions(model, max(map(len, items), default=0), "the longest example")
     accelerator = Accelerator(cpu=model.device.type == "cpu")
@@ -229,67 +230,11 @@ def _note(progress: Progress, loss: float, batch: Sequence[Encoded], seconds: fl
     progress.seconds += seconds
 
 
-# ---- checkpoints: a folder for each, which appears under its name only when it is whole
-
-
-def fingerprint(cfg: TrainConfig, items: Sequence[Encoded]) -> str:
-    """A hash of what a run must share with the checkpoint that it goes on from; how often it writes them is its own."""
-    settings = {key: value for key, value in dataclasses.asdict(cfg).items() if key != "save_every"}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for item in items:
-        digest.update(repr((item.prompt, item.answer)).encode())
-    return digest.hexdigest()
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint with the most steps in `folder`."""
-    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
-    return max(found, key=lambda path: int(path.name[5:]), default=None)
-
-
-def save_checkpoint(
-    folder: Path,
-    model: PreTrainedModel,
-    name: str,
-    optimizer: torch.optim.Optimizer,
-    progress: Progress,
-    cfg: TrainConfig,
-    items: Sequence[Encoded],
-) -> Path:
-    """Write adapter, optimiser and progress; older checkpoints go once the new one is there."""
-    target = folder / f"step-{progress.step}"
-    temporary = folder / f".{target.name}.tmp"
-    for leftover in (temporary, target):
-        shutil.rmtree(leftover, ignore_errors=True)
-    ll.save(model, temporary / ADAPTER, name=name)
-    states = optimizer.state_dict()["state"]
-    tensors = {f"{index}.{key}": value for index, state in states.items() for key, value in state.items()}
-    tensors["rng"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["cuda_rng"] = torch.cuda.get_rng_state()
-    save_file({key: value.contiguous() for key, value in tensors.items()}, temporary / OPTIMIZER)
-    record = {**dataclasses.asdict(progress), "fingerprint": fingerprint(cfg, items)}
-    (temporary / PROGRESS).write_text(json.dumps(record))
-    temporary.rename(target)
-    for older in folder.glob("step-*"):
-        if older != target:
-            shutil.rmtree(older, ignore_errors=True)
-    return target
-
-
 def _restore(found: Path, optimizer: torch.optim.Optimizer, cfg: TrainConfig, items: Sequence[Encoded]) -> Progress:
-    record = json.loads((found / PROGRESS).read_text())
-    if record.pop("fingerprint") != fingerprint(cfg, items):
+    record, its = read_progress(found)
+    if its != fingerprint(cfg, items):
         raise TrainingError(
             f"{found} is of a run with other settings or data; resume with the same ones, or train in another folder"
         )
-    tensors = load_file(found / OPTIMIZER)
-    torch.set_rng_state(tensors.pop("rng"))
-    if (cuda := tensors.pop("cuda_rng", None)) is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(cuda)
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        index, _, field_name = key.partition(".")
-        state.setdefault(int(index), {})[field_name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    restore_optimizer(found, optimizer)
     return Progress(**record)

@@ -8,7 +8,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from lora_lite.atomic import expanded, write_atomically
-from lora_lite.lab.findings import Findings
+from lora_lite.lab.findings import Findings, shown
 from lora_lite.lab.numerals import short
 from lora_lite.lab.page import cells, sentences
 from lora_lite.lab.page.drawing import PALETTE
@@ -29,6 +29,7 @@ def write_page(findings: Findings, folder: Path) -> list[Path]:
     folder = expanded(folder)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file, and a page is several: give a folder, existing or new")
+    findings = shown(findings)
     plots = plot(findings)
     page = render(findings, plots)
     for name, data in plots.files.items():
