@@ -16,7 +16,6 @@ from lora_lite.checkpoint import load, save
 from lora_lite.config import AdapterConfig
 from lora_lite.contrast import Contrast
 from lora_lite.cost import AttachCost
-from lora_lite.dense import Merged, merge, merged_weights, unmerge
 from lora_lite.errors import (
     BaseMismatchError,
     CalibrationError,
@@ -30,6 +29,7 @@ from lora_lite.errors import (
     TargetError,
 )
 from lora_lite.frozen_basis import Basis, register_basis
+from lora_lite.merge import Merged, merge, merged_weights, unmerge
 from lora_lite.optim import param_groups
 from lora_lite.state import disabled, scale
 

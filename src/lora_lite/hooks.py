@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lite.adapter import Adapter, adapters_on, cast
+from lora_lite.adapter import Adapter, acting_on, adapters_on, cast
 from lora_lite.errors import TargetError
 from lora_lite.linear import shape
 from lora_lite.state import ROOT, Call, State, batch_shape, in_backward, spread_rows, tensors_in
@@ -20,7 +20,7 @@ from lora_lite.state import ROOT, Call, State, batch_shape, in_backward, spread_
 def before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """Compose the befores, in the order in which the adapters were attached."""
     x, put = _input(layer, args, kwargs)
-    for adapter in adapters_on(layer):
+    for adapter in acting_on(layer):
         if adapter.before is not None:
             x = cast(adapter(x, None, layer, _coefficient(adapter, x)), x)
     return put(x)
@@ -28,6 +28,9 @@ def before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def after_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Tensor:
     """Add each adapter's change. All read the same (x', y), so that their order does not matter."""
+    adapters = acting_on(layer)
+    if not adapters:
+        return y
     x, _ = _input(layer, args, kwargs)
     i, o = shape(layer)
     if not isinstance(y, Tensor) or x.shape[-1] != i or y.shape[-1] != o:
@@ -38,7 +41,7 @@ def after_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
         )
     x = x.to(y.device)
     out = y
-    for adapter in adapters_on(layer):
+    for adapter in adapters:
         out = adapter(x, y, layer, _coefficient(adapter, x), out)
     return out
 
@@ -105,22 +108,19 @@ def _leave_backward(state: State) -> None:
 
 
 def hook_layer(layer: nn.Module) -> None:
-    """Put the hooks that the layer's adapters need, once each, and take off those that none needs."""
+    """Put the hooks that the layer's adapters need, once each, and take off those that none needs.
+
+    The one on the output comes first, whenever it is put: other tools' hooks see what the adapted layer computes.
+    """
     adapters = adapters_on(layer)
     _set_hook(layer, "forward_pre", before_layer, any(adapter.before is not None for adapter in adapters))
-    _set_hook(layer, "forward", after_layer, bool(adapters))
+    _set_hook(layer, "forward", after_layer, bool(adapters), prepend=True)
 
 
 def hook_root(root: nn.Module, on: bool) -> None:
     """Put or take off the root's pair of hooks."""
     _set_hook(root, "forward_pre", before_call, on)
     _set_hook(root, "forward", after_call, on, always_call=True)
-
-
-def unhook_layer(layer: nn.Module) -> None:
-    """Take the hooks off, whatever adapters the layer has (while it is merged)."""
-    _set_hook(layer, "forward_pre", before_layer, False)
-    _set_hook(layer, "forward", after_layer, False)
 
 
 def _set_hook(module: nn.Module, kind: str, hook: Callable[..., Any], on: bool, **options: bool) -> None:
