@@ -165,7 +165,9 @@ def merged_weights(model: nn.Module, name: str | None = None) -> dict[str, Tenso
     root, state = root_of(model, name)
     refuse_merged(state, "merged_weights")
     found: dict[str, Tensor] = {}
-    for path, fold in _fold(root, state, name).items():
+    with Transaction(root):  # measuring runs layers in eval mode
+        folds = _fold(root, state, name)
+    for path, fold in folds.items():
         for place, _, _ in list(_places(root, root.get_submodule(path))) or [(path, root, "")]:
             found[f"{place}.weight"] = fold.W
             if fold.b is not None:
