@@ -17,7 +17,7 @@ from helpers import anatomy, bits, calibration, perturb, same_bits, tiny
 
 READ_ONLY = ("targets.py", "linear.py", "config.py", "stats.py", "cost.py", "basis.py", "contrast.py")
 SOURCES = {str(path) for path in Path(ll.__file__).parent.rglob("*.py") if path.name not in READ_ONLY}
-X = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+X = torch.randn(5, 10, generator=torch.Generator().manual_seed(0))
 
 
 class Tiny(nn.Module):
@@ -27,8 +27,8 @@ class Tiny(nn.Module):
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            self.first, self.bn, self.second = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 6)
-            self.head = nn.Linear(6, 3)
+            self.first, self.bn, self.second = nn.Linear(10, 12), nn.BatchNorm1d(12), nn.Linear(12, 10)
+            self.head = nn.Linear(10, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.second(self.bn(self.first(x))))
