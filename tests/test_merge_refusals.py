@@ -107,15 +107,93 @@ def test_a_coefficient_for_each_row_is_refused() -> None:
     ll.merge(model)
 
 
-def test_a_tied_weight_is_refused() -> None:
+def test_a_tied_weight_gets_values_of_its_own() -> None:
     model = TwoLayers()
     model.tied = nn.Linear(12, 16, dtype=F64)
-    model.tied.weight = model.first.weight
+    model.tied.weight = shared = model.first.weight
     attached(model, "lora", target_names=("first",), dtype=F64)
-    before = bits(model)
-    with pytest.raises(ll.TargetError, match=r"first: its weight is shared \(first\.weight, tied\.weight\)"):
-        ll.merge(model)
-    assert same_bits(before, model)
+    before, x = bits(model), torch.ones(2, 12, dtype=F64)
+    y = model(x)
+    ll.merge(model)
+    assert relative(model(x), y) <= 1e-10
+    assert model.tied.weight is shared and torch.equal(shared, before["first.weight"])
+    ll.unmerge(model)
+    assert model.first.weight is shared and same_bits(before, model) and torch.equal(model(x), y)
+
+
+def test_a_tied_head_merges_and_its_folder_loads(tmp_path: Path) -> None:
+    """The embedding stays, the head differs, and plain transformers reads both."""
+    model: Any = tiny_llama(F64, tie_word_embeddings=True)
+    attached(model, "lora", target_names=("lm_head",), exclude_names=(), dtype=F64)
+    shared, ids = model.lm_head.weight, token_ids()
+    y = model(ids).logits.detach()
+    ll.merge(model)
+    ll.unmerge(model)
+    assert model.lm_head.weight is shared and model.config.tie_word_embeddings
+    ll.merge(model, keep=False)
+    assert relative(model(ids).logits, y) <= 1e-10
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, dtype=F64)
+    assert relative(again(ids).logits, y) <= 1e-6
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_block_under_three_names_merges_once(keep: bool) -> None:
+    block = nn.Linear(16, 16, dtype=F64)
+    model = nn.Sequential(block, block, block)
+    att = ll.attach(model, tiny("lora", dtype=F64))
+    perturb(att.targets.values())
+    before, x = bits(model), torch.ones(2, 16, dtype=F64)
+    y = model(x).detach()
+    assert set(ll.merged_weights(model)) == {f"{k}.{key}" for k in range(3) for key in ("weight", "bias")}
+    report = ll.merge(model, keep=keep)
+    assert list(report) == ["0", "1", "2"] and relative(model(x), y) <= 1e-10
+    if keep:
+        ll.unmerge(model)
+        assert same_bits(before, model)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize(
+    ("merged", "other", "right"),
+    [("lora", "pissa", True), ("ia3", "lora", True), ("lora", "hra", True), ("hra", "lora", False),
+     ("lora", "ia3", False), ("lora", "dora", False)],
+)  # fmt: skip
+def test_one_adapter_of_two_merges_where_that_is_right(merged: str, other: str, right: bool, keep: bool) -> None:
+    model = OneLayer(16, 16)
+    for each in (other, merged) if merged == "ia3" else (merged, other):
+        attached(model, each, name=each, dtype=F64)
+    before, x = bits(model), torch.randn(4, 16, dtype=F64, generator=torch.Generator().manual_seed(3))
+    y = model(x).detach()
+    if not right:
+        with ll.scale(model, {other: 0.0}), pytest.raises(ll.NotAffineError, match=f"{other} would act in another way"):
+            ll.merge(model, keep, merged)
+        assert same_bits(before, model) and torch.equal(model(x), y)
+        return
+    ll.merge(model, keep, merged)
+    assert relative(model(x), y) <= 1e-10 and not torch.equal(model.layer.weight, before["layer.weight"])
+    if keep:
+        ll.unmerge(model)
+        assert same_bits(before, model) and torch.equal(model(x), y)
+    else:
+        assert [*model.layer.lora] == [other]  # type: ignore[misc, arg-type]
+        with ll.scale(model, 0.5):
+            assert not torch.equal(model(x), y)
+
+
+def test_hooks_of_others_see_the_same_after_unmerge_and_a_second_attach() -> None:
+    model, x, seen = OneLayer(12, 16), torch.ones(2, 12, dtype=F64), []
+    attached(model, "lora", dtype=F64)
+    model.layer.register_forward_hook(lambda layer, args, y: seen.append(y))
+    adapted = model(x)
+    ll.merge(model)
+    ll.unmerge(model)
+    model(x)
+    ll.detach(model)
+    attached(model, "lora", dtype=F64)
+    model(x)
+    whole = [each for each in seen if each.shape == adapted.shape]  # merging measures on other inputs
+    assert all(torch.equal(each, adapted) for each in whole) and len(whole) == 3
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])

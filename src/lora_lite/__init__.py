@@ -17,7 +17,6 @@ from lora_lite.coefficient import disabled, scale
 from lora_lite.config import AdapterConfig
 from lora_lite.contrast import Contrast
 from lora_lite.cost import AttachCost
-from lora_lite.dense import Merged, merge, merged_weights, unmerge
 from lora_lite.errors import (
     BaseMismatchError,
     CalibrationError,
@@ -31,6 +30,7 @@ from lora_lite.errors import (
     TargetError,
 )
 from lora_lite.frozen_basis import Basis, register_basis
+from lora_lite.merge import Merged, merge, merged_weights, unmerge
 from lora_lite.optim import param_groups
 
 __version__ = _version("lora-lite")

@@ -52,6 +52,9 @@ class Adapter(nn.Module):
     rebuildable: ClassVar[tuple[str, ...]] = ()
     """Frozen tensors that are singular directions of W, so that `save(..., basis=False)` can leave them out."""
 
+    merged: bool = False
+    """Whether it is folded into the layer's weights, and so does not act."""
+
     before: Callable[..., Tensor] | None = None
     """`before(x (*b, i), layer, c) -> x' (*b, i)`: what the layer reads instead of x. None: x itself."""
 
@@ -144,6 +147,11 @@ def adapters_on(layer: nn.Module) -> list[Adapter]:
     """The adapters of a layer, in the order in which they were attached."""
     store = layer._modules.get("lora")
     return [adapter for adapter in store.children() if isinstance(adapter, Adapter)] if store is not None else []
+
+
+def acting_on(layer: nn.Module) -> list[Adapter]:
+    """Those of a layer's adapters that are not merged."""
+    return [adapter for adapter in adapters_on(layer) if not adapter.merged]
 
 
 _REGISTRY: dict[str, type[Adapter]] = {}

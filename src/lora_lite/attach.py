@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from lora_lite.adapter import Adapter, adapters_on, derive, full_precision, variant_of
 from lora_lite.attachment import Attachment, attachment, is_adapters_key
+from lora_lite.buffers import moved_buffers, moving_buffers, same_bits
 from lora_lite.calibration import broadcast, calibrate
 from lora_lite.config import AdapterConfig
 from lora_lite.cost import AttachCost, peak_memory_mb
@@ -25,6 +26,7 @@ from lora_lite.state import ROOT, Attached, State, find_root, refuse_merged, roo
 from lora_lite.stats import Statistics, generator
 from lora_lite.targets import left_out, left_out_words, select, selection, uncovered
 from lora_lite.train_also import forget_originals
+from lora_lite.transaction import Transaction
 
 ADAPTER_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule")
@@ -58,6 +60,18 @@ def attach(
     """
     configs = [cfg] if isinstance(cfg, AdapterConfig) else list(cfg)
     refuse_unready(model, name)
+    with Transaction(model) as undo:
+        return _attach(model, configs, calibration_data, name, train_also, undo)
+
+
+def _attach(
+    model: nn.Module,
+    configs: list[AdapterConfig],
+    calibration_data: Iterable[Any] | None,
+    name: str,
+    train_also: Sequence[str],
+    undo: Transaction,
+) -> Attachment:
     targets = select_all(model, configs)
     also = find_train_also(model, targets, train_also)
     layers = {path: layer for path, (layer, _) in targets.items()}
@@ -69,7 +83,7 @@ def attach(
     with cost("factorisation"):
         planned = _plan(configs, targets, stats)
         paths = tqdm(planned, desc="building", unit="layer", leave=False, delay=1)
-        built = {path: _build(planned[path], path, layers[path], stats.get(path)) for path in paths}
+        built = {path: _build(planned[path], path, layers[path], stats.get(path), undo) for path in paths}
         broadcast(built)
     with cost("build"):
         for path, adapter in built.items():
@@ -212,11 +226,20 @@ def _plan(
     planned: dict[str, AdapterConfig] = {}
     for index, cfg in enumerate(configs):
         shapes = {path: shape(layer) for path, (layer, of) in targets.items() if of == index}
-        planned |= variant_of(cfg).plan(cfg, shapes, {path: stats[path] for path in shapes if path in stats})
+        part = variant_of(cfg).plan(cfg, shapes, {path: stats[path] for path in shapes if path in stats})
+        if not part or not part.keys() <= shapes.keys():
+            raise TargetError(
+                f"{variant_of(cfg).__name__}.plan must give configs to some of its {len(shapes)} layers and to no "
+                f"others, but gave them to {sorted(part)[:3] or 'none'}"
+            )
+        planned |= part
     return {path: planned[path] for path in targets if path in planned}
 
 
-def _build(cfg: AdapterConfig, path: str, layer: nn.Module, stats: Statistics | None) -> Adapter:
+def _build(cfg: AdapterConfig, path: str, layer: nn.Module, stats: Statistics | None, undo: Transaction) -> Adapter:
+    method = variant_of(cfg)
+    own = {key: p.data for key, p in layer.named_parameters(recurse=False) if type(p.data) is Tensor and not p.is_meta}
+    bits = [(key, data, data.clone()) for key, data in own.items()]
     try:
         with torch.no_grad(), torch.device("cpu"), full_precision(layer.weight.device):  # type: ignore[union-attr, arg-type]
             adapter = variant_of(cfg)(cfg, *shape(layer))  # type: ignore[call-arg]
@@ -228,6 +251,13 @@ def _build(cfg: AdapterConfig, path: str, layer: nn.Module, stats: Statistics | 
         raise CalibrationError(f"{path}: {error}") from error
     except ValueError as error:
         raise TargetError(f"{path}: {error}") from error
+    finally:
+        written = [key for key, data, before in bits if not same_bits(data, before)]
+        for key, data, before in bits:
+            if key in written:
+                undo.write(data, before)
+    if written:
+        raise TargetError(f"{path}: {method.__name__}.init wrote the base's {written[0]}; it may only read the layer")
     if bad := [key for key, value in adapter.state_dict().items() if not torch.isfinite(value).all()]:
         raise TargetError(
             f"{path}: {adapter.name} got values of {bad[0]} that are not finite ({adapter.cfg.dtype}); look for NaN or "
@@ -245,12 +275,13 @@ def commit(
     also: dict[str, nn.Parameter],
     cost: AttachCost | None = None,
 ) -> Attachment:
-    """Hang finished adapters under their layers. Nothing here can fail, so that attach and load are all or nothing."""
+    """Add finished adapters to their layers, within the caller's transaction."""
     originals = {key: parameter.detach().to("cpu", copy=True) for key, parameter in also.items()}
     state: State = model.__dict__.setdefault(ROOT, State())
     if not state.adapters:
         state.requires_grad = {key: p.requires_grad for key, p in model.named_parameters()}
         state.packing = forbid_packing(model)
+        state.buffers = {key: b.detach().to("cpu", copy=True) for key, b in moving_buffers(model).items()}
     # By identity, for a tied parameter has several names.
     trained = {id(model.get_parameter(key)) for attached in state.adapters.values() for key in attached.originals}
     for key, parameter in model.named_parameters():
@@ -280,18 +311,20 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     """
     root, state = root_of(model, name)
     refuse_merged(state, "detach")
-    names = [name] if name is not None else list(state.adapters)
-    parameters = {each: trained_also(root, each) for each in names}
-    for each in names:
-        for key, original in state.adapters.pop(each).originals.items():
-            with torch.no_grad():
-                parameters[each][key].copy_(original)
-            parameters[each][key].requires_grad_(False)
-        for module in list(root.modules()):
-            drop(module, each)
-    if not state.adapters:
-        release(root, state)
-    reset_compiler()
+    with Transaction(root) as undo:
+        for each in [name] if name is not None else list(state.adapters):
+            parameters = trained_also(root, each)
+            for key, original in state.adapters[each].originals.items():
+                undo.write(parameters[key], original)
+                parameters[key].requires_grad_(False)
+            for module in list(root.modules()):
+                drop(module, each)
+            del state.adapters[each]
+        if not state.adapters:
+            for key, buffer in moved_buffers(root, state).items():
+                undo.write(buffer, state.buffers[key])
+            release(root, state)
+        reset_compiler()
 
 
 def drop(layer: nn.Module, name: str) -> None:

@@ -31,6 +31,7 @@ from lora_lite.errors import BaseMismatchError, CheckpointError, NotAFileError, 
 from lora_lite.linear import dense, execution_device, is_linear, shape
 from lora_lite.state import adapters_of, find_root, refuse_merged, root_of, trained_also
 from lora_lite.stats import generator
+from lora_lite.transaction import Transaction
 
 # On SmolLM2, worst of 210 layers: bf16 1.000, int8 1.000, nf4 0.990, fp4 0.981, changed by 10% 0.990, by 30% 0.916;
 # weights of other models at most 0.45 (docs/LOG.md).
@@ -140,7 +141,11 @@ def load(
     else:
         refuse_unready(model, name)
     root = live[0] if live is not None else model
-    file = read(expanded(path), _room(root))
+    with Transaction(root) as undo:
+        return _load(root, read(expanded(path), _room(root)), name, taken, base, undo)
+
+
+def _load(root: nn.Module, file: File, name: str, taken: bool, base: str, undo: Transaction) -> Attachment:
     if not file.targets:
         raise file.error("has no targets")
     modules, owned = dict(root.named_modules()), taken_parameters(root)
@@ -149,17 +154,17 @@ def load(
     if base == "same":
         _check_base(file, layers)
     if taken:
-        return _overwrite(root, file, name, built)
+        return _overwrite(root, file, name, built, undo)
     also = _find_also(root, file, layers)
     _check_also(file, also)
     for target, adapter in built.items():
         derive(adapter, layers[target])
     indices = {target: index for target, (index, _, _) in file.targets.items()}
-    commit(root, file.configs, name, {target: (layers[target], built[target]) for target in built}, indices, also)
-    with torch.no_grad():
-        for key, parameter in also.items():
-            parameter.copy_(file.tensors[f"also.{key}"])
-    return attachment(root, name)
+    pairs = {target: (layers[target], built[target]) for target in built}
+    att = commit(root, file.configs, name, pairs, indices, also)
+    for key, parameter in also.items():
+        undo.write(parameter, file.tensors[f"also.{key}"])
+    return att
 
 
 def _room(root: nn.Module) -> Room:
@@ -181,11 +186,17 @@ def _find_also(root: nn.Module, file: File, layers: Mapping[str, nn.Module]) -> 
 
 def _check_also(file: File, also: Mapping[str, nn.Parameter]) -> None:
     for key, parameter in also.items():
+        value = file.tensors[f"also.{key}"]
+        if not torch.isfinite(value.to(parameter.dtype)).all():
+            raise file.error(
+                f"{key} has values up to {float(value.abs().max()):.3g}, beyond what the model's {parameter.dtype} "
+                "holds; load the model in a wider dtype"
+            )
         if parameter.shape != (found := file.tensors[f"also.{key}"].shape):
             raise file.error(f"{key} has shape {tuple(parameter.shape)} in the model, but {tuple(found)} in the file")
 
 
-def _overwrite(root: nn.Module, file: File, name: str, built: dict[str, Adapter]) -> Attachment:
+def _overwrite(root: nn.Module, file: File, name: str, built: dict[str, Adapter], undo: Transaction) -> Attachment:
     _, state = root_of(root, name)
     attached, adapters = state.adapters[name], adapters_of(root, name)
     indices = {target: index for target, (index, _, _) in file.targets.items()}
@@ -195,13 +206,12 @@ def _overwrite(root: nn.Module, file: File, name: str, built: dict[str, Adapter]
             f"{file.where}: has other configs, targets or train_also than the attached {name!r}; detach that one first"
         )
     _check_also(file, {key: root.get_parameter(key) for key in file.also})
-    with torch.no_grad():
-        for target, adapter in adapters.items():
-            for key, value in built[target].state_dict().items():
-                adapter.state_dict()[key].copy_(value)
-            derive(adapter, root.get_submodule(target))
-        for key in file.also:
-            root.get_parameter(key).copy_(file.tensors[f"also.{key}"])
+    for target, adapter in adapters.items():
+        for key, value in built[target].state_dict().items():
+            undo.write(adapter.state_dict()[key], value)
+        derive(adapter, root.get_submodule(target))
+    for key in file.also:
+        undo.write(root.get_parameter(key), file.tensors[f"also.{key}"])
     return attachment(root, name)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lite.adapter import Adapter, adapters_on, cast
+from lora_lite.adapter import Adapter, acting_on, adapters_on, cast
 from lora_lite.coefficient import in_generate, spread_rows
 from lora_lite.context import NO_TASK, graph_task
 from lora_lite.errors import TargetError
@@ -25,7 +25,7 @@ def before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     """Compose the befores, in the order in which the adapters were attached."""
     given, put = _input(layer, args, kwargs)
     x = given.to_padded_tensor(0.0) if given.is_nested else given
-    for adapter in adapters_on(layer):
+    for adapter in acting_on(layer):
         if adapter.before is not None:
             x = cast(adapter(x, None, layer, _coefficient(adapter, x)), x)
     return put(_nested_like(x, given) if given.is_nested else x)
@@ -39,6 +39,8 @@ def _nested_like(padded: Tensor, nested: Tensor) -> Tensor:
 
 def after_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Tensor:
     """Add each adapter's change. All read the same (x', y), so that their order does not matter."""
+    if not acting_on(layer):
+        return y
     x, _ = _input(layer, args, kwargs)
     if x.is_nested and isinstance(y, Tensor):
         return _nested_like(_changed(layer, x.to_padded_tensor(0.0), y.to_padded_tensor(0.0)), x)
@@ -55,7 +57,7 @@ def _changed(layer: nn.Module, x: Tensor, y: Any) -> Tensor:
         )
     x = x.to(y.device)
     out = y
-    for adapter in adapters_on(layer):
+    for adapter in acting_on(layer):
         out = adapter(x, y, layer, _coefficient(adapter, x), out)
     return out
 
@@ -108,22 +110,19 @@ def after_call(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
 
 
 def hook_layer(layer: nn.Module) -> None:
-    """Put the hooks that the layer's adapters need, once each, and take off those that none needs."""
+    """Put the hooks that the layer's adapters need, once each, and take off those that none needs.
+
+    The one on the output comes first, whenever it is put: other tools' hooks see what the adapted layer computes.
+    """
     adapters = adapters_on(layer)
     _set_hook(layer, "forward_pre", before_layer, any(adapter.before is not None for adapter in adapters))
-    _set_hook(layer, "forward", after_layer, bool(adapters))
+    _set_hook(layer, "forward", after_layer, bool(adapters), prepend=True)
 
 
 def hook_root(root: nn.Module, on: bool) -> None:
     """Put or take off the root's pair of hooks."""
     _set_hook(root, "forward_pre", before_call, on)
     _set_hook(root, "forward", after_call, on, always_call=True)
-
-
-def unhook_layer(layer: nn.Module) -> None:
-    """Take the hooks off, whatever adapters the layer has (while it is merged)."""
-    _set_hook(layer, "forward_pre", before_layer, False)
-    _set_hook(layer, "forward", after_layer, False)
 
 
 def _set_hook(module: nn.Module, kind: str, hook: Callable[..., Any], on: bool, **options: bool) -> None:

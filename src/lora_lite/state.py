@@ -43,6 +43,8 @@ class State:
     requires_grad: dict[str, bool] = field(default_factory=dict)
     packing: list[str] = field(default_factory=list)
     merged: dict[str, Any] = field(default_factory=dict)
+    untied: list[Any] = field(default_factory=list)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
     coefficients: Coefficients = field(default_factory=Coefficients)
 
 
