@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from lora_lite.adapter import Adapter, acting_on, adapters_on
 from lora_lite.attach import drop, release, reset_compiler
+from lora_lite.coefficient import scale
 from lora_lite.dense import AFFINE_TOLERANCE, affine, probed, twin
 from lora_lite.errors import NotAffineError, StateError, TargetError
 from lora_lite.linear import bias, dense, is_conv1d, is_quantized, is_sharded, shape
-from lora_lite.state import State, adapters_of, refuse_merged, root_of, scale
+from lora_lite.state import State, adapters_of, refuse_merged, root_of
 from lora_lite.transaction import Transaction
 
 HOOKS = (
