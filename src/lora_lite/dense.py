@@ -14,7 +14,9 @@ from lora_lite.adapter import Adapter, adapters_on
 from lora_lite.attach import drop, release, reset_compiler
 from lora_lite.errors import NotAffineError, StateError, TargetError
 from lora_lite.hooks import hook_layer, hook_root, unhook_layer
-from lora_lite.linear import bias, dense, is_conv1d, is_quantized, is_sharded, shape
+from lora_lite.linear import bias, computes_its_weight, dense, is_conv1d, is_linear, is_quantized, is_sharded, shape
+from lora_lite.packing import quant_state
+from lora_lite.quantization import forget_quantization
 from lora_lite.state import State, adapters_of, refuse_merged, root_of
 
 CHUNK = 1024  # columns of the identity per pass
@@ -61,15 +63,6 @@ def _in_fp64(adapter: Adapter) -> Adapter:
     twin_adapter = copy.deepcopy(adapter, shared)
     # Adapter._apply keeps the dtype on purpose; here it is to change.
     return nn.Module._apply(twin_adapter, lambda t: t.to("cpu", torch.float64 if t.is_floating_point() else t.dtype))  # type: ignore[return-value]
-
-
-def _twin_agrees(layer: nn.Module, x: Tensor) -> bool:
-    """Whether the bare layer computes W x + b, to the rounding of its dtype (and of activations, where quantised)."""
-    b = bias(layer)
-    expected = x.double().cpu() @ dense(layer).double().cpu().T + (0 if b is None else b.double().cpu())
-    tolerance = 0.03 if x.dtype in (torch.bfloat16, torch.float16) else 1e-3
-    tolerance = 0.1 if is_quantized(layer) else tolerance
-    return _relative(layer.forward(x).double().cpu(), expected) <= tolerance
 
 
 @torch.no_grad()
@@ -146,7 +139,7 @@ def _fold(root: nn.Module, state: State) -> dict[str, _Fold]:
         exact, b = affine(layer, path)
         dtype = merged_dtype(root, layer)
         x = _probe(layer, dtype)
-        if not _twin_agrees(layer, x):
+        if not computes_its_weight(layer, x):
             raise TargetError(
                 f"{path}: a {type(layer).__name__}, which computes something else than W x + b; detach it"
             )
@@ -162,14 +155,14 @@ def _fold(root: nn.Module, state: State) -> dict[str, _Fold]:
 
 def merged_dtype(root: nn.Module, layer: nn.Module) -> torch.dtype:
     """The dtype of a layer's merged weight: its own, or for a quantised layer the one the model computes in."""
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    if weight.is_floating_point() and type(weight).__name__ != "Params4bit":
-        return weight.dtype
-    if isinstance(dtype := getattr(layer, "compute_dtype", None), torch.dtype):
-        return dtype
-    own = {id(p) for module in root.modules() if isinstance(module, Adapter) for p in module.parameters()}
-    floating = (p.dtype for p in root.parameters() if p.is_floating_point() and id(p) not in own)
-    return next(floating, torch.float32)
+    if not is_quantized(layer):
+        return layer.weight.dtype  # type: ignore[union-attr, return-value]
+    # Not the layer's compute_dtype: it returns what it computes in that in the dtype of its input.
+    modules = list(root.modules())
+    others = [m for m in modules if not isinstance(m, Adapter) and not (is_linear(m) and is_quantized(m))]
+    floating = (p.dtype for m in others for p in m.parameters(recurse=False) if p.is_floating_point())
+    stored = getattr(quant_state(layer), "dtype", None) or getattr(layer, "compute_dtype", None)
+    return next(floating, stored or torch.float32)
 
 
 def merged_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -222,6 +215,7 @@ def merge(model: nn.Module, keep: bool = True) -> dict[str, Merged]:
             for module in list(root.modules()):
                 drop(module, name)
         release(root, state)
+        forget_quantization(root, list(report))
     reset_compiler()
     return report
 

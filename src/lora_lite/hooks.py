@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lite.adapter import Adapter, adapters_on, cast
+from lora_lite.adapter import Adapter, Held, adapters_on, cast, derive
 from lora_lite.errors import TargetError
 from lora_lite.linear import shape
 from lora_lite.state import ROOT, Call, State, batch_shape, in_backward, spread_rows, tensors_in
@@ -22,7 +22,7 @@ def before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     x, put = _input(layer, args, kwargs)
     for adapter in adapters_on(layer):
         if adapter.before is not None:
-            x = cast(adapter(x, None, layer, _coefficient(adapter, x)), x)
+            x = cast(adapter(x, None, Held(layer), _coefficient(adapter, x)), x)
     return put(x)
 
 
@@ -39,8 +39,15 @@ def after_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     x = x.to(y.device)
     out = y
     for adapter in adapters_on(layer):
-        out = adapter(x, y, layer, _coefficient(adapter, x), out)
+        out = adapter(x, y, Held(layer), _coefficient(adapter, x), out)
     return out
+
+
+def after_load(layer: nn.Module, incompatible_keys: Any) -> None:
+    """Rebuild what is derived from tensors that `load_state_dict` has just replaced."""
+    for adapter in adapters_on(layer):
+        if not layer.weight.is_meta:
+            derive(adapter, layer)
 
 
 def _coefficient(adapter: Adapter, x: Tensor) -> Tensor:
@@ -109,6 +116,7 @@ def hook_layer(layer: nn.Module) -> None:
     adapters = adapters_on(layer)
     _set_hook(layer, "forward_pre", before_layer, any(adapter.before is not None for adapter in adapters))
     _set_hook(layer, "forward", after_layer, bool(adapters))
+    _set_load_hook(layer, bool(adapters))
 
 
 def hook_root(root: nn.Module, on: bool) -> None:
@@ -121,6 +129,15 @@ def unhook_layer(layer: nn.Module) -> None:
     """Take the hooks off, whatever adapters the layer has (while it is merged)."""
     _set_hook(layer, "forward_pre", before_layer, False)
     _set_hook(layer, "forward", after_layer, False)
+    _set_load_hook(layer, False)
+
+
+def _set_load_hook(layer: nn.Module, on: bool) -> None:
+    keys = [key for key, hook in layer._load_state_dict_post_hooks.items() if hook is after_load]
+    if on and not keys:
+        layer.register_load_state_dict_post_hook(after_load)
+    for key in () if on else keys:
+        del layer._load_state_dict_post_hooks[key]
 
 
 def _set_hook(module: nn.Module, kind: str, hook: Callable[..., Any], on: bool, **options: bool) -> None:
