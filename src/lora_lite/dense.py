@@ -215,7 +215,7 @@ def merge(model: nn.Module, keep: bool = True) -> dict[str, Merged]:
             for module in list(root.modules()):
                 drop(module, name)
         release(root, state)
-        forget_quantization(root, list(report))
+        forget_quantization(root)
     reset_compiler()
     return report
 
