@@ -92,3 +92,19 @@ def test_adapters_go_where_the_layer_computes(method: str) -> None:
     att = ll.attach(model, cfg)
     tensors = [*att.targets["layer"].parameters(), *att.targets["layer"].buffers()]
     assert tensors and all(tensor.is_meta for tensor in tensors)
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3", "hra", "pissa"])
+def test_a_model_offloaded_after_attach(method: str) -> None:
+    """accelerate's hooks on the adapters move what they are called with, but not the layer."""
+    model = tiny_llama(num_hidden_layers=1)
+    attached(model, method, [IDS])
+    expected = model(IDS).logits
+    assert torch.equal(cpu_offload(model, execution_device=torch.device("cpu"))(IDS).logits, expected)
+
+
+def test_a_method_that_reads_an_offloaded_weight_says_so() -> None:
+    model = tiny_llama(num_hidden_layers=1)
+    attached(model, "dora", [IDS])
+    with pytest.raises(ll.TargetError, match="the weight is offloaded"):
+        cpu_offload(model, execution_device=torch.device("cpu"))(IDS)

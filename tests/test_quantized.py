@@ -323,3 +323,14 @@ def test_a_layer_that_lost_the_class_of_its_weight_is_read_as_4_bits() -> None:
     W = dense(layer)
     layer.weight = nn.Parameter(layer.weight.data.clone(), requires_grad=False)
     assert torch.equal(dense(layer), W)
+
+
+def test_merging_keeps_the_dtype_of_activations() -> None:
+    """Not that in which a 4-bit layer computes: it returns its input's."""
+    plain = nn.Linear(I, H)
+    model, x = nn.Sequential(nn.LayerNorm(I), four_bit(plain, compute_dtype=torch.bfloat16)).eval(), inputs()
+    attached(model, "lora")
+    y = output(model, x)
+    report = ll.merge(model)
+    assert model[1].weight.dtype == torch.float32 and output(model, x).dtype == torch.float32
+    assert 0 < relative(output(model, x), y) <= 0.01 and 0 < report["1"].error <= 0.01

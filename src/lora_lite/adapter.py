@@ -24,6 +24,13 @@ def kaiming_uniform_(tensor: Tensor, rng: torch.Generator) -> Tensor:
     return nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=rng)
 
 
+class Held:
+    """A layer on its way through an adapter's call: accelerate's hooks move all arguments that have a `to`."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+
 def _device_only(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     moved = fn(tensor)
     return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
@@ -54,6 +61,9 @@ class Adapter(nn.Module):
 
     merged: bool = False
     """Whether it is folded into the layer's weights, and so does not act."""
+
+    reads_weight: ClassVar[bool] = True
+    """Whether it computes with W itself; then `attach` asks whether the layer computes W x + b."""
 
     before: Callable[..., Tensor] | None = None
     """`before(x (*b, i), layer, c) -> x' (*b, i)`: what the layer reads instead of x. None: x itself."""
@@ -114,7 +124,7 @@ class Adapter(nn.Module):
         """
         return None
 
-    def forward(self, x: Tensor, y: Tensor | None, layer: nn.Module, c: Tensor, out: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor | None, held: Held, c: Tensor, out: Tensor | None = None) -> Tensor:
         """What the layer reads instead of x (y None), or `out` plus the change.
 
         The layer's hooks call the module, so that its own hooks (of offloading, of sharding) fire; all use of its
@@ -122,8 +132,8 @@ class Adapter(nn.Module):
         """
         if y is None or out is None:
             assert self.before is not None
-            return self.before(x, layer, c)
-        change = self.change(x, y, layer, c)
+            return self.before(x, held.layer, c)
+        change = self.change(x, y, held.layer, c)
         if change is None:
             return out
         return add_lowrank(out, *change) if isinstance(change, tuple) else out + cast(change, out)

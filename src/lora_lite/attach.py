@@ -19,7 +19,7 @@ from lora_lite.cost import AttachCost, peak_memory_mb
 from lora_lite.dial import Dial
 from lora_lite.errors import CalibrationError, LoraLiteWarning, StateError, TargetError
 from lora_lite.hooks import hook_layer, hook_root
-from lora_lite.linear import execution_device, is_sharded, shape
+from lora_lite.linear import computes_its_weight, execution_device, is_sharded, shape
 from lora_lite.packing import allow_packing, forbid_packing, packing_forbidden
 from lora_lite.patterns import matches, near_misses
 from lora_lite.state import ROOT, Attached, State, find_root, refuse_merged, root_of, trained_also
@@ -29,7 +29,7 @@ from lora_lite.train_also import forget_originals
 from lora_lite.transaction import Transaction
 
 ADAPTER_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
-WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule")
+WRAPPERS = ("OptimizedModule", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule")
 
 
 def attach(
@@ -78,6 +78,9 @@ def _attach(
     needs = {path: variant_of(configs[index]).needs(configs[index]) for path, (_, index) in targets.items()}
     cost = AttachCost()
     with cost("calibration"), packing_forbidden(model):
+        for path, (layer, index) in targets.items():
+            if variant_of(configs[index]).reads_weight:
+                _ask_layer(path, layer)
         needy = {path: layers[path] for path, need in needs.items() if need}
         stats, (cost.tokens, cost.statistics_bytes) = calibrate(model, needy, needs, calibration_data)
     with cost("factorisation"):
@@ -123,7 +126,9 @@ def refuse_unready(model: nn.Module, name: str) -> None:
         raise StateError("the model is under torch.inference_mode, where nothing can be trained; leave it first")
     for path, module in model.named_modules():
         if any(cls.__name__ in WRAPPERS for cls in type(module).__mro__):
-            raise StateError(f"{path or 'the model'} is a {type(module).__name__}: attach first, then wrap or shard")
+            raise StateError(
+                f"{path or 'the model'} is a {type(module).__name__}: attach first, then wrap or shard (or compile) it"
+            )
     if sharded := next((key for key, p in model.named_parameters() if is_sharded(p)), None):
         raise StateError(f"{sharded} is sharded: attach first, then shard (gradients would not be reduced)")
     found = find_root(model)
@@ -179,6 +184,11 @@ def check_layer(path: str, layer: nn.Module, taken: Mapping[int, tuple[str, str]
             f"{path}: its weight is on the meta device (offloaded, or never loaded); keep targets in memory, or leave "
             "this layer out with layers or exclude_names"
         )
+    if any(cls.__name__ == "NonDynamicallyQuantizableLinear" for cls in type(layer).__mro__):
+        raise TargetError(
+            f"{path}: nn.MultiheadAttention reads its weight without calling it, so an adapter on it would never act; "
+            "leave it out with exclude_names"
+        )
     for parameter in layer.parameters(recurse=False):
         if id(parameter) in taken:
             name, key = taken[id(parameter)]
@@ -186,6 +196,21 @@ def check_layer(path: str, layer: nn.Module, taken: Mapping[int, tuple[str, str]
     store = layer._modules.get("lora", getattr(layer, "lora", None))
     if store is not None and not (isinstance(store, nn.ModuleDict) and len(adapters_on(layer)) == len(store)):
         raise TargetError(f"{path}: has an attribute 'lora' of its own; leave it out with exclude_names")
+
+
+def _ask_layer(path: str, layer: nn.Module) -> None:
+    """Refuse a layer whose output is not that of the weight that a method would read; asked with one random row."""
+    weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+    device = execution_device(layer)
+    if hasattr(layer, "_hf_hook") or device != weight.device:
+        return  # its own forward is wrapped, or its weight is elsewhere
+    dtype = weight.dtype if weight.dtype.is_floating_point and weight.dtype.itemsize > 1 else torch.float32
+    x = torch.randn(1, shape(layer)[0], generator=generator(0, path), dtype=torch.float32, device="cpu")
+    if not computes_its_weight(layer, x.to(device, dtype)):
+        raise TargetError(
+            f"{path}: this {type(layer).__name__} computes something else than W x + b for the weight that it holds, "
+            "so a method that reads W is wrong here; leave it out with exclude_names, or use one that does not (lora)"
+        )
 
 
 def find_train_also(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lite.adapter import Adapter, acting_on, adapters_on, cast
+from lora_lite.adapter import Adapter, Held, acting_on, adapters_on, cast, derive
 from lora_lite.coefficient import in_generate, spread_rows
 from lora_lite.context import NO_TASK, graph_task
 from lora_lite.errors import TargetError
@@ -27,7 +27,7 @@ def before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     x = given.to_padded_tensor(0.0) if given.is_nested else given
     for adapter in acting_on(layer):
         if adapter.before is not None:
-            x = cast(adapter(x, None, layer, _coefficient(adapter, x)), x)
+            x = cast(adapter(x, None, Held(layer), _coefficient(adapter, x)), x)
     return put(_nested_like(x, given) if given.is_nested else x)
 
 
@@ -58,8 +58,15 @@ def _changed(layer: nn.Module, x: Tensor, y: Any) -> Tensor:
     x = x.to(y.device)
     out = y
     for adapter in acting_on(layer):
-        out = adapter(x, y, layer, _coefficient(adapter, x), out)
+        out = adapter(x, y, Held(layer), _coefficient(adapter, x), out)
     return out
+
+
+def after_load(layer: nn.Module, incompatible_keys: Any) -> None:
+    """Rebuild what is derived from tensors that `load_state_dict` has just replaced."""
+    for adapter in adapters_on(layer):
+        if not layer.weight.is_meta:
+            derive(adapter, layer)
 
 
 def _coefficient(adapter: Adapter, x: Tensor) -> Tensor:
@@ -117,12 +124,21 @@ def hook_layer(layer: nn.Module) -> None:
     adapters = adapters_on(layer)
     _set_hook(layer, "forward_pre", before_layer, any(adapter.before is not None for adapter in adapters))
     _set_hook(layer, "forward", after_layer, bool(adapters), prepend=True)
+    _set_load_hook(layer, bool(adapters))
 
 
 def hook_root(root: nn.Module, on: bool) -> None:
     """Put or take off the root's pair of hooks."""
     _set_hook(root, "forward_pre", before_call, on)
     _set_hook(root, "forward", after_call, on, always_call=True)
+
+
+def _set_load_hook(layer: nn.Module, on: bool) -> None:
+    keys = [key for key, hook in layer._load_state_dict_post_hooks.items() if hook is after_load]
+    if on and not keys:
+        layer.register_load_state_dict_post_hook(after_load)
+    for key in () if on else keys:
+        del layer._load_state_dict_post_hooks[key]
 
 
 def _set_hook(module: nn.Module, kind: str, hook: Callable[..., Any], on: bool, **options: bool) -> None:

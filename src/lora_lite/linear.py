@@ -8,6 +8,7 @@ import ast
 import functools
 import inspect
 import textwrap
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -34,6 +35,17 @@ def is_linear(module: nn.Module) -> bool:
     if not all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features")):
         return False
     return not _returns_tuple(type(module).forward)
+
+
+def unknown_kinds(model: nn.Module) -> dict[str, int]:
+    """Kinds of module that have numbers of input and output features but no weight that is understood, with counts."""
+    sizes = (("in_features", "out_features"), ("infeatures", "outfeatures"))
+    found = [
+        type(module).__name__
+        for module in model.modules()
+        if not is_linear(module) and any(all(hasattr(module, name) for name in pair) for pair in sizes)
+    ]
+    return dict(Counter(found))
 
 
 @functools.cache
@@ -120,9 +132,30 @@ def _dequantized(layer: nn.Module, weight: Tensor, kind: str) -> Tensor:
     )
 
 
+@torch.no_grad()
+def computes_its_weight(layer: nn.Module, x: Tensor) -> bool:
+    """Whether the bare layer maps x (n, i) to W x + b, to the rounding of its dtype (and of activations, where
+    quantised). The layer runs in eval mode, and without its hooks."""
+    b, mode = bias(layer), layer.training
+    layer.training = False
+    try:
+        found = layer.forward(x)
+    finally:
+        layer.training = mode
+    if not isinstance(found, Tensor):
+        return False
+    expected = x.double().cpu() @ dense(layer).double().cpu().T + (0 if b is None else b.double().cpu())
+    tolerance = 0.03 if x.dtype in (torch.bfloat16, torch.float16) else 1e-3
+    tolerance = 0.1 if is_quantized(layer) else tolerance
+    error = (found.double().cpu() - expected).norm() if found.shape == expected.shape else torch.inf
+    return bool(error <= tolerance * expected.norm())
+
+
 def bias(layer: nn.Module) -> Tensor | None:
     """b (o), or None."""
     value = getattr(layer, "bias", None)
+    if isinstance(value, Tensor) and value.is_meta and not layer.weight.is_meta:
+        raise TargetError(f"{type(layer).__name__}: the bias is offloaded (meta device); load it before")
     return value.detach() if isinstance(value, Tensor) else None
 
 

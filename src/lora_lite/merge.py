@@ -12,7 +12,9 @@ from lora_lite.attach import drop, release, reset_compiler
 from lora_lite.coefficient import scale
 from lora_lite.dense import AFFINE_TOLERANCE, affine, probed, twin
 from lora_lite.errors import NotAffineError, StateError, TargetError
-from lora_lite.linear import bias, dense, is_conv1d, is_quantized, is_sharded, shape
+from lora_lite.linear import bias, computes_its_weight, is_conv1d, is_linear, is_quantized, is_sharded, shape
+from lora_lite.packing import quant_state
+from lora_lite.quantization import forget_quantization
 from lora_lite.state import State, adapters_of, refuse_merged, root_of
 from lora_lite.transaction import Transaction
 
@@ -36,15 +38,6 @@ class Merged:
 
     rounding: float
     error: float
-
-
-def _twin_agrees(layer: nn.Module, x: Tensor) -> bool:
-    """Whether the bare layer computes W x + b, to the rounding of its dtype (and of activations, where quantised)."""
-    b = bias(layer)
-    expected = x.double().cpu() @ dense(layer).double().cpu().T + (0 if b is None else b.double().cpu())
-    tolerance = 0.03 if x.dtype in (torch.bfloat16, torch.float16) else 1e-3
-    tolerance = 0.1 if is_quantized(layer) else tolerance
-    return _relative(layer.forward(x).double().cpu(), expected) <= tolerance
 
 
 def adapted_layers(root: nn.Module, state: State, names: list[str]) -> dict[str, nn.Module]:
@@ -105,7 +98,7 @@ def _fold(root: nn.Module, state: State, name: str | None) -> dict[str, _Fold]:
             _refuse_other_acts(root, others, layer, path, names[0], exact, b)
         dtype = merged_dtype(root, layer)
         x = _probe(layer, dtype)
-        if not _twin_agrees(layer, x):
+        if not computes_its_weight(layer, x):
             raise TargetError(
                 f"{path}: a {type(layer).__name__}, which computes something else than W x + b; detach it"
             )
@@ -147,14 +140,14 @@ def _refuse_other_acts(
 
 def merged_dtype(root: nn.Module, layer: nn.Module) -> torch.dtype:
     """The dtype of a layer's merged weight: its own, or for a quantised layer the one the model computes in."""
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    if weight.is_floating_point() and type(weight).__name__ != "Params4bit":
-        return weight.dtype
-    if isinstance(dtype := getattr(layer, "compute_dtype", None), torch.dtype):
-        return dtype
-    own = {id(p) for module in root.modules() if isinstance(module, Adapter) for p in module.parameters()}
-    floating = (p.dtype for p in root.parameters() if p.is_floating_point() and id(p) not in own)
-    return next(floating, torch.float32)
+    if not is_quantized(layer):
+        return layer.weight.dtype  # type: ignore[union-attr, return-value]
+    # Not the layer's compute_dtype: it returns what it computes in that in the dtype of its input.
+    modules = list(root.modules())
+    others = [m for m in modules if not isinstance(m, Adapter) and not (is_linear(m) and is_quantized(m))]
+    floating = (p.dtype for m in others for p in m.parameters(recurse=False) if p.is_floating_point())
+    stored = getattr(quant_state(layer), "dtype", None) or getattr(layer, "compute_dtype", None)
+    return next(floating, stored or torch.float32)
 
 
 def merged_weights(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
@@ -227,6 +220,7 @@ def _forget(root: nn.Module, state: State, names: list[str]) -> None:
     state.merged, state.untied = {}, []
     if not state.adapters:
         release(root, state)
+    forget_quantization(root)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_lite.config import DEFAULT_EXCLUDE, AdapterConfig, Default
 from lora_lite.errors import TargetError
-from lora_lite.linear import is_linear, shape
+from lora_lite.linear import is_linear, shape, unknown_kinds
 from lora_lite.patterns import matches, near_misses, spells
 from lora_lite.streams import D_MODEL_FIELDS, Streams, d_model_of
 from lora_lite.streams import role as role_of
@@ -115,8 +115,20 @@ def selection(model: nn.Module, cfg: AdapterConfig) -> Selection:
 
     Raises:
         TargetError: a pattern or layer index that matches nothing, an unknown d_model, or no target at all. The message
-            lists near misses.
+            lists near misses, and the kinds of layer that were not understood.
     """
+    try:
+        return _select(model, cfg)
+    except TargetError as error:
+        if not (kinds := unknown_kinds(model)):
+            raise
+        seen = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        raise TargetError(
+            f"{error}. Not understood, since they have no 2-D weight to read or return no tensor: {seen}"
+        ) from error
+
+
+def _select(model: nn.Module, cfg: AdapterConfig) -> dict[str, nn.Module]:
     everything = candidates(model)
     if not everything:
         raise TargetError(f"{type(model).__name__} has no linear layer (in_features, out_features and a 2-D weight)")

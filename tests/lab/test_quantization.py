@@ -9,6 +9,7 @@ from bitsandbytes.functional import _convert_weight_packed_for_cpu
 from bitsandbytes.nn import Linear4bit
 from lab_helpers import make_llama, save_tiny
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
+from transformers import LlamaForCausalLM
 
 import lora_lite as ll
 from lora_lite.lab.analysis import analyse
@@ -18,6 +19,7 @@ from lora_lite.lab.models import ModelError, load_model
 from lora_lite.lab.provenance import base_print
 from lora_lite.lab.study import Study
 from lora_lite.lab.train import TrainConfig
+from lora_lite.packing import forbid_packing
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -111,3 +113,23 @@ def test_the_print_of_a_base_is_the_same_once_bitsandbytes_has_packed_it() -> No
     first = base_print(model)
     layer.weight.data, _ = _convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
     assert base_print(model) == first
+
+
+@pytest.mark.parametrize("targets", [(), ("q_proj",)], ids=["all layers", "some layers"])
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_a_model_that_was_merged_for_good_reads_back(
+    quantization: str, targets: tuple[str, ...], tmp_path: Path
+) -> None:
+    model, _ = load_model(save_tiny(tmp_path / "base"), quantization=quantization)
+    att = ll.attach(model, ll.LoRAConfig(r=2, target_names=targets, target_roles=()))
+    for adapter in att.targets.values():
+        torch.nn.init.normal_(adapter.B, generator=torch.Generator().manual_seed(1))
+    ll.merge(model, keep=False)
+    ids = torch.randint(0, 256, (2, 8), generator=torch.Generator().manual_seed(1))
+    model.save_pretrained(tmp_path / "merged")
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    forbid_packing(again)
+    with torch.no_grad():
+        expected = model(ids).logits
+        assert (again(ids).logits - expected).norm() <= 1e-5 * expected.norm()
+    assert hasattr(model.config, "quantization_config") == bool(targets)

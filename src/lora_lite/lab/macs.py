@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from lora_lite.adapter import Adapter, variant_of
+from lora_lite.adapter import Adapter, Held, variant_of
 from lora_lite.config import AdapterConfig
 
 TEXT = 128  # tokens of the "short text" that a model's products are counted on
@@ -68,8 +68,8 @@ def _count(adapter: Adapter, layer: nn.Linear, tokens: int, i: int, o: int) -> i
     x, y, c = torch.zeros(tokens, i), torch.zeros(tokens, o), torch.ones((), dtype=torch.float64)
     with FlopCounterMode(display=False) as counter:
         if adapter.before is not None:
-            adapter(x, None, layer, c)
-        adapter(x, y, layer, c, y)
+            adapter(x, None, Held(layer), c)
+        adapter(x, y, Held(layer), c, y)
     return counter.get_total_flops() // 2
 
 

@@ -41,6 +41,8 @@ class HRAConfig(AdapterConfig):
 class HRA(Adapter):
     """A chain of Householder reflections of the input. c multiplies x' - x, so c = -1 is no inverse rotation."""
 
+    reads_weight = False
+
     def __init__(self, cfg: HRAConfig, i: int, o: int) -> None:
         super().__init__(cfg)
         self.U = self.parameter(cfg.r, i)

@@ -33,6 +33,8 @@ class IA3Config(AdapterConfig):
 class IA3(Adapter):
     """One gain for each output feature, bias included. c multiplies the gain's distance from 1."""
 
+    reads_weight = False
+
     def __init__(self, cfg: IA3Config, i: int, o: int) -> None:
         super().__init__(cfg)
         self.l = self.parameter(o, fill=1.0)

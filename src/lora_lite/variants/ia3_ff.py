@@ -34,6 +34,8 @@ class IA3FFConfig(AdapterConfig):
 class IA3FF(Adapter):
     """One gain for each input feature. c multiplies the gain's distance from 1."""
 
+    reads_weight = False
+
     def __init__(self, cfg: IA3FFConfig, i: int, o: int) -> None:
         super().__init__(cfg)
         self.l = self.parameter(i, fill=1.0)

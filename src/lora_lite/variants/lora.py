@@ -51,6 +51,8 @@ class LoRAConfig(AdapterConfig):
 class LoRA(Adapter):
     """A low-rank change, added to the output. c multiplies it."""
 
+    reads_weight = False
+
     def __init__(self, cfg: LoRAConfig, i: int, o: int) -> None:
         super().__init__(cfg)
         self.A = self.parameter(cfg.r, i)

@@ -51,6 +51,8 @@ class RoadConfig(AdapterConfig):
 class Road(Adapter):
     """Rotations and gains of pairs of output features, bias included. c multiplies R y - y."""
 
+    reads_weight = False
+
     def __init__(self, cfg: RoadConfig, i: int, o: int) -> None:
         super().__init__(cfg)
         if o % cfg.group_size:

@@ -1,0 +1,85 @@
+"""Layers whose output is not that of the weight they hold, kinds that are not understood, compiled models, and tensors
+replaced by `load_state_dict`."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lora_lite as ll
+from helpers import METHODS, OneLayer, attached, relative, tiny
+
+READERS = [name for name in METHODS if ll.variants()[name].reads_weight]
+
+
+class Transposed(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return input @ self.weight
+
+
+class Scaled(nn.Linear):
+    """As the fp8 layers do, whose scale is not in the weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 100
+
+
+class Active(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).relu()
+
+
+@pytest.mark.parametrize("kind", [Transposed, Scaled, Active])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_layer_that_computes_something_else(method: str, kind: type[nn.Linear]) -> None:
+    model = nn.Sequential(kind(16, 16), nn.Linear(16, 8))
+    if method not in READERS:
+        assert len(ll.attach(model, tiny(method), [torch.randn(40, 16)] if method == "eva" else None).targets) == 2
+        return
+    with pytest.raises(ll.TargetError, match=f"0: this {kind.__name__} computes something else than W x"):
+        ll.attach(model, tiny(method))
+    assert not hasattr(model[0], "lora")
+
+
+def test_an_attention_output_that_is_never_called() -> None:
+    model = nn.TransformerEncoderLayer(16, 2)
+    with pytest.raises(ll.TargetError, match=r"self_attn\.out_proj: nn\.MultiheadAttention reads its weight"):
+        ll.attach(model, tiny("lora"))
+    assert ll.attach(model, tiny("lora", exclude_names=("out_proj",))).targets
+
+
+class Packed(nn.Module):
+    """A quantised layer without a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features = self.out_features = 8
+        self.register_buffer("qweight", torch.zeros(8, dtype=torch.int32))
+
+
+def test_kinds_that_are_not_understood_are_named() -> None:
+    model = nn.Sequential(Packed(), Packed())
+    with pytest.raises(ll.TargetError, match=r"no linear layer.*Not understood.*2 Packed"):
+        ll.attach(model, tiny("lora"))
+    model.add_module("lm_head", nn.Linear(8, 4))
+    with pytest.raises(ll.TargetError, match=r"q_proj.*Not understood.*2 Packed"):
+        ll.attach(model, ll.LoRAConfig(target_names=("q_proj",)))
+
+
+def test_a_compiled_model_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 4))
+    with pytest.raises(ll.StateError, match=r"is a OptimizedModule: attach first, then wrap or shard .or compile"):
+        ll.attach(torch.compile(model), tiny("lora"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_load_state_dict_rebuilds_what_is_derived(side: str) -> None:
+    x, runs = torch.randn(60, 24, dtype=torch.float64), []
+    for size in (1.0, 3.0):
+        model = OneLayer(24, 16)
+        data = x * torch.linspace(1, size**4, 24)
+        attached(model, "antipasto_corda", [data], side=side, size=size)
+        runs.append(model)
+    one, other = runs
+    assert relative(one(x), other(x)) > 1e-3
+    one.load_state_dict(other.state_dict())
+    assert relative(one(x), other(x)) <= 1e-7
