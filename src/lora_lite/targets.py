@@ -128,7 +128,7 @@ def selection(model: nn.Module, cfg: AdapterConfig) -> Selection:
         ) from error
 
 
-def _select(model: nn.Module, cfg: AdapterConfig) -> dict[str, nn.Module]:
+def _select(model: nn.Module, cfg: AdapterConfig) -> Selection:
     everything = candidates(model)
     if not everything:
         raise TargetError(f"{type(model).__name__} has no linear layer (in_features, out_features and a 2-D weight)")
