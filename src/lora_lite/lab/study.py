@@ -194,6 +194,8 @@ def require_types(cls: type, given: Mapping[str, Any]) -> None:
 def _fits(value: Any, hint: Any) -> bool:
     if get_origin(hint) in (Union, types.UnionType):
         return any(_fits(value, each) for each in get_args(hint))
+    if get_origin(hint) is Mapping:
+        return isinstance(value, Mapping)
     if get_origin(hint) is tuple:
         return isinstance(value, list | tuple) and all(_fits(each, get_args(hint)[0]) for each in value)
     if hint is float:
