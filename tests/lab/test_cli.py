@@ -46,6 +46,7 @@ def test_train_measures_saves_and_ends_with_json(method: str, folder: Path, caps
     assert summary["training"]["lr"] == ll.variants()[method].lr
     result = json.loads((folder / "out" / "result.json").read_text())
     assert len(result["losses"]) == 3 and len(result["after"]) == 4
+    assert result["verifier_failures"] == {"before": 0, "after": 0}
     model = make_llama()
     assert ll.load(model, folder / "out" / "adapter.safetensors").num_trainable == summary["trainable"]
     assert not (folder / "out" / "checkpoints").exists()

@@ -11,7 +11,7 @@ import lora_lite as ll
 from lora_lite.lab import estimates
 from lora_lite.lab.arms import BASE, Arm
 from lora_lite.lab.bench import chosen_rates, read_plan
-from lora_lite.lab.caveats import caveats
+from lora_lite.lab.caveats import caveats, unscored
 from lora_lite.lab.circumstances import machines, setup
 from lora_lite.lab.evaluate import RIGHT
 from lora_lite.lab.findings import Change, Cost, Finding, Findings, Interval, Item, Reply
@@ -88,7 +88,10 @@ class Analysis:
             dtype=self.plan["dtype"], baseline=study.reference, items=study.test_examples, steps=study.training.steps,
             batch_size=study.training.batch_size, setup=setup(study, self.plan), base=self.base_finding(),
             arms=tuple(arms), examples=self.examples(),
-            notes=(*self.plan["sources"]["notes"], *caveats(arms, study.reference, self.costs())),
+            notes=(
+                *self.plan["sources"]["notes"], *caveats(arms, study.reference, self.costs()),
+                *unscored(self.records()),
+            ),
             missing=tuple(missing), failures=self.failures(arms), machines=machines(self.records()),
             command=self.plan["command"],
         )  # fmt: skip

@@ -253,6 +253,7 @@ def replies(answers: Evaluation) -> dict[str, Any]:
         "accuracy": answers.accuracy,
         "mentioned": answers.mention_rate,
         "cut_off": answers.cut_off,
+        "verifier_failures": answers.failures,
         "new_tokens": answers.new_tokens,
         "scores": [record.score for record in answers.records],
         "completions": [record.completion for record in answers.records],

@@ -25,7 +25,8 @@ def mixture(tasks: Sequence[Task]) -> Task:
             yield from batch
 
     def verify(example: Example, completion: str) -> float:
-        return by_name[example.task].score(example, completion)
+        task = by_name[example.task]
+        return task.verify(example, task.extract(completion))
 
     def mention(example: Example, completion: str) -> bool:
         return by_name[example.task].mention(example, completion)

@@ -52,6 +52,16 @@ def unfinished(arms: Sequence[Finding]) -> str:
     )
 
 
+def unscored(records: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Whether the task's own verifier failed on replies. records: of runs; one without a count had none."""
+    measured = [record for record in records if "scores" in record]
+    failed = sum(record.get("verifier_failures", 0) for record in measured)
+    if not failed:
+        return ()
+    replies = sum(len(record["scores"]) for record in measured)
+    return (f"The task's own verifier failed on {failed:,} of {replies:,} replies, which count as wrong.",)
+
+
 def machines(costs: Iterable[Mapping[str, Any]]) -> str:
     """Whether times were measured under unequal conditions."""
     places = dict.fromkeys(where(record["provenance"]) for record in costs)

@@ -31,7 +31,8 @@ class Record:
     """One evaluated item.
 
     score: the verifier's, in [0, 1]. mentioned: the completion is right, or has the answer anywhere in it; see `judge`.
-    cut_off: the completion took all tokens that it was given, and had not ended.
+    cut_off: the completion took all tokens that it was given, and had not ended. failure: why the verifier could give
+    the completion no score, which counts as 0; "" where it could.
     """
 
     prompt: str
@@ -40,6 +41,7 @@ class Record:
     score: float
     mentioned: bool
     cut_off: bool = False
+    failure: str = ""
 
     @property
     def correct(self) -> bool:
@@ -76,6 +78,11 @@ class Evaluation:
         """Share of completions that had not ended after all their tokens: a larger max_new_tokens may help."""
         return sum(record.cut_off for record in self.records) / len(self.records)
 
+    @property
+    def failures(self) -> int:
+        """Number of completions that the verifier could give no score. They count as wrong."""
+        return sum(bool(record.failure) for record in self.records)
+
 
 def evaluate(
     model: PreTrainedModel,
@@ -100,19 +107,25 @@ def evaluate(
     completions = generate(model, tokenizer, prompts, budget, batch_size, f"evaluate {task.name}" if progress else None)
     records = []
     for example, (text, count) in zip(examples, completions, strict=True):
-        score, mentioned = judge(task, example, text)
-        records.append(Record(example.prompt, example.answer, text, score, mentioned, count >= budget))
+        records.append(record_of(task, example, text, count >= budget))
     return Evaluation(tuple(records), time.perf_counter() - start, sum(count for _, count in completions))
 
 
-def judge(task: Task, example: Example, completion: str) -> tuple[float, bool]:
+def record_of(task: Task, example: Example, completion: str, cut_off: bool = False) -> Record:
     """A completion's score, and whether it is right or has the answer anywhere in it, by the task's own `mention`.
 
     Both follow from the arguments alone. What has the full score counts as mentioned, so that a mention rate is never
     below the accuracy.
     """
-    score = task.score(example, completion)
-    return score, score >= RIGHT or task.mention(example, completion)
+    score, failure = task.assess(example, completion)
+    mentioned = score >= RIGHT or task.mention(example, completion)
+    return Record(example.prompt, example.answer, completion, score, mentioned, cut_off, failure)
+
+
+def judge(task: Task, example: Example, completion: str) -> tuple[float, bool]:
+    """The score and the mention of `record_of`."""
+    record = record_of(task, example, completion)
+    return record.score, record.mentioned
 
 
 def generate(

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 
 from lora_lite.lab import terminal
-from lora_lite.lab.evaluate import Record
+from lora_lite.lab.evaluate import Evaluation, Record
 from lora_lite.lab.run import Result
 
 EXAMPLES = 3
@@ -38,7 +38,7 @@ def show(result: Result, console: Console | None = None) -> None:
         costs, ("loaded on a fresh base", f"{summary['reloaded_answers_compared']} answers compared, all the same")
     )
     console.print(costs)
-    for line in left_out(summary["data"]):
+    for line in (*left_out(summary["data"]), *unscored(result.before, result.after)):
         terminal.line(console, line)
     for before, after in pick(result.before.records, result.after.records):
         console.rule()
@@ -56,6 +56,15 @@ def left_out(data: Mapping[str, Any]) -> list[str]:
         f"{tokens['empty']:,} without prompt or answer",
         *data["notes"],
     ]
+
+
+def unscored(before: Evaluation, after: Evaluation) -> list[str]:
+    """How many replies the verifier could give no score, with the first reason: a line, or none."""
+    first = next((record.failure for record in (*before.records, *after.records) if record.failure), "")
+    if not first:
+        return []
+    counts = f"{before.failures:,} before, {after.failures:,} after"
+    return [f"replies without a score from the verifier, counted as wrong: {counts}; the first: {first}"]
 
 
 def pick(before: Sequence[Record], after: Sequence[Record], n: int = EXAMPLES) -> list[tuple[Record, Record]]:

@@ -291,6 +291,7 @@ def summarize(
         "mention_rate_before": result.before.mention_rate,
         "mention_rate_after": result.after.mention_rate,
         "cut_off_after": result.after.cut_off,
+        "verifier_failures": {"before": result.before.failures, "after": result.after.failures},
         "items": len(result.after.records),
         "data": result.data,
         "trainable": att.num_trainable,

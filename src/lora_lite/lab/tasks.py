@@ -34,6 +34,10 @@ class TaskError(LoraLiteError, ValueError):
     """A task cannot be made, or cannot give what is asked; the message says which, why, and how to mend it."""
 
 
+class VerifierError(TaskError):
+    """A verifier gave a reply no score; the message says why. Whoever scores many counts it, with 0, and goes on."""
+
+
 @dataclass(frozen=True)
 class Example:
     """One question with its answer.
@@ -72,13 +76,13 @@ class Task:
     """A named source of examples with a verifier.
 
     source: (split, seed) -> an iterator of examples; splits must share no content (`split_by_content` sees to that).
-    verify: (example, extracted answer) -> score in [0, 1].
+    verify: (example, extracted answer) -> score in [0, 1]; it may raise VerifierError.
     extract: completion -> the part that is the answer; by default everything, without surrounding blanks.
     max_new_tokens: what an answer may take; None lets the evaluation measure it on training answers.
     provenance: where the examples come from, as plain data: of rows the source, their number, their fingerprint and
     what was left out; of a generator its package's version and its parameters.
     notes: what a reader must be told beside every number of this task.
-    mention: (example, completion) -> whether the answer is anywhere in it, whatever the format; `evaluate.judge`
+    mention: (example, completion) -> whether the answer is anywhere in it, whatever the format; `evaluate.record_of`
     counts what the verifier accepts too.
     """
 
@@ -135,11 +139,21 @@ class Task:
         return found, (f"{self.name} has {len(found)} distinct {split} examples, {n} were asked for: all are used",)
 
     def score(self, example: Example, completion: str) -> float:
-        """The verifier's score of a completion, in [0, 1]; 1 is right, some verifiers give part of it."""
-        score = float(self.verify(example, self.extract(completion)))
+        """The verifier's score of a completion, in [0, 1]; 1 is right, some verifiers give part of it.
+
+        0 where the verifier fails, which `assess` tells from a wrong answer.
+        """
+        return self.assess(example, completion)[0]
+
+    def assess(self, example: Example, completion: str) -> tuple[float, str]:
+        """The score of a completion, and why the verifier could give none: "" where it could."""
+        try:
+            score = float(self.verify(example, self.extract(completion)))
+        except VerifierError as error:
+            return 0.0, str(error)
         if math.isnan(score):
             raise TaskError(f"the verifier of {example.task!r} gave NaN for the completion {completion!r}")
-        return min(1.0, max(0.0, score))
+        return min(1.0, max(0.0, score)), ""
 
 
 # ---- contents and splits
