@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import math
 import random
-import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,8 @@ from pathlib import PurePath
 from typing import Any
 
 from lora_lite.errors import LoraLiteError
-from lora_lite.lab.scoring import RIGHT, Finder, Scorer, exact, mentions, normal
+from lora_lite.lab.patterns import PatternError, pattern
+from lora_lite.lab.scoring import RIGHT, Finder, Scorer, SlowScoring, exact, mentions, normal
 
 # Shares of the content space, in percent. Membership is a hash of the prompt, so it depends neither on the seed nor on
 # how many examples are drawn: two runs, or two machines, can never train on each other's test items.
@@ -32,6 +32,10 @@ PATIENCE = 20_000  # draws in a row without a new example of the split after whi
 
 class TaskError(LoraLiteError, ValueError):
     """A task cannot be made, or cannot give what is asked; the message says which, why, and how to mend it."""
+
+
+class VerifierError(TaskError):
+    """A verifier gave a reply no score; the message says why. Whoever scores many counts it, with 0, and goes on."""
 
 
 @dataclass(frozen=True)
@@ -125,18 +129,28 @@ class Task:
         return found
 
     def score(self, example: Example, completion: str) -> float:
-        """The verifier's score of a completion, in [0, 1]; 1 is right, some verifiers give part of it."""
-        score = float(self.verify(example, self.extract(completion)))
+        """The verifier's score of a completion, in [0, 1]; 1 is right, some verifiers give part of it.
+
+        0 where the verifier fails, which `assess` tells from a wrong answer.
+        """
+        return self.assess(example, completion)[0]
+
+    def assess(self, example: Example, completion: str) -> tuple[float, str]:
+        """The score of a completion, and why the verifier could give none: "" where it could."""
+        try:
+            score = float(self.verify(example, self.extract(completion)))
+        except VerifierError as error:
+            return 0.0, str(error)
         if math.isnan(score):
             raise TaskError(f"the verifier of {example.task!r} gave NaN for the completion {completion!r}")
-        return min(1.0, max(0.0, score))
+        return min(1.0, max(0.0, score)), ""
 
 
 # ---- contents and splits
 
 
 def content_key(prompt: str) -> bytes:
-    """A hash of the words of a prompt; case and blanks do not count."""
+    """A hash of the words of a prompt; case, blanks and the encoding of accents do not count: see `normal`."""
     return hashlib.sha256(normal(prompt).encode()).digest()
 
 
@@ -197,15 +211,16 @@ def build_prompt(question: str, template: str = "", drop: str = "", chat: bool =
 
     template: "" is the question alone, and a line end after it for a plain prompt (chat=False).
     drop: regular expression of what to leave out first, such as a preamble that is the same for every question
-    (tokens cost time); "." matches line ends too. Raises TaskError if it is no expression, or leaves nothing.
+    (tokens cost time); "." matches line ends too. Raises TaskError if it is no expression, takes too long, or leaves
+    nothing.
     """
     template = template or ("{question}" if chat else "{question}\n")
     if "{question}" not in template:
         raise TaskError(f"the template {template!r} has no {{question}}")
     try:
-        kept = re.sub(drop, "", question, flags=re.DOTALL).strip() if drop else question.strip()
-    except re.error as error:
-        raise TaskError(f"drop={drop!r} is not a regular expression: {error}") from error
+        kept = pattern(drop, dotall=True).remove(question).strip() if drop else question.strip()
+    except PatternError as error:
+        raise TaskError(f"drop={drop!r} {error}") from error
     if not kept:
         raise TaskError(f"nothing is left of the question {question!r} with drop={drop!r}")
     return template.replace("{question}", kept)
@@ -223,8 +238,15 @@ def require_no_instruction(instruction: str | None, chat: bool) -> None:
 
 
 def by_reference(scorer: Scorer) -> Verifier:
-    """The verifier that scores an answer against the example's own."""
-    return lambda example, answer: scorer(example.answer, answer)
+    """The verifier that scores an answer against the example's own; VerifierError where that takes too long."""
+
+    def verify(example: Example, answer: str) -> float:
+        try:
+            return scorer(example.answer, answer)
+        except SlowScoring as error:
+            raise VerifierError(str(error)) from error
+
+    return verify
 
 
 EXACT = by_reference(exact)
