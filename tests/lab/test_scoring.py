@@ -1,4 +1,6 @@
+import unicodedata
 from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
@@ -66,6 +68,88 @@ NUMBERS = {
     "The answer is: 8\n#### 9": "9",
     "#### 9\nThe answer is: 8": "9",
     "The answer is not clear. It may be 4": "4",
+    # headings of Markdown are no marks
+    "#### Step 1\n3 + 4\nThe answer is 7.": "7",
+    "#### Step 2\nSo there are 8 eggs": "8",
+    "#### Step 1\n3 + 4\n#### 7": "7",
+    "#### 1. Understand the question\n#### 2. **Solve** it\nThe answer is 7.": "7",
+    "#### 1) Read it\n3 + 4 is 7": "7",
+    "#### 18. So she makes that.": "18",
+    "#### **Answer:** $7$\nfor 2": "7",
+    "#### Total = 7 of 9": "7",
+    "#### about 7 of 9": "7",
+    "##### 7": "7",
+    # calculations
+    "The answer is 3 * 6 = 18.": "18",
+    "the answer is 3 eggs * $6 = $18 a day for 5 days": "18",
+    "The answer is 3*6=<<3*6=18>>18": "18",
+    r"The answer is $3 \times 6 = 18$.": "18",
+    "The answer is 3 times 6 equals 18": "18",
+    "The answer is 18 = 3 * 6": "18",
+    "The answer is 3 * 6 = 9 * 2 = 18": "18",
+    "The answer is 16 -3 = 13": "13",
+    "The answer is (3 + 4) * -2 = -14": "-14",
+    "The answer is 7 days = 1 week": "7",
+    "The answer is 5 (2 + 3 = 5 in all)": "5",
+    "#### 3 + 4 = 7": "7",
+    # exponents and powers
+    "1.5e3": "1500",
+    "1E+3 m": "1000",
+    "1e-05": "0.00001",
+    "5eggs": "5",
+    "1.5 × 10³": "1500",
+    r"-1.5 \times 10^{-3}": "-0.0015",
+    "2^10": "1024",
+    "2**3": "8",
+    "it has 5 m²": "5",
+    "it has 5 m^2": "5",
+    # separators, invisible characters and digits of other scripts
+    "1{,}234": "1234",
+    r"1\,234 km": "1234",
+    "1\u00a0234": "1234",
+    "1\u202f234\u202f567": "1234567",
+    "1\u00a0kg or 20\u00a0kg": "20",
+    "1_234": "1234",
+    "1'234": "1234",
+    "1\u200b8": "18",
+    "\ufeff18\u200d": "18",
+    "１８": "18",
+    "١٨": "18",
+    # dashes
+    "–5": "-5",
+    "it is ‑$5": "-5",
+    "#### –1,000": "-1000",
+    "grades 4–7": "7",
+    "grades 4 – 7": "7",
+    "-100000000000000000000000000000001": "-100000000000000000000000000000001",
+    # LaTeX
+    r"-\$1{,}234.50": "-1234.5",
+    r"50\%": "50",
+    r"So \boxed{7} for 3 people": "7",
+    r"#### $\boxed{42}$ of 50": "42",
+    r"\boxed{\text{18 eggs}}": "18",
+}
+FRACTIONS = {
+    "1/2": Fraction(1, 2),
+    "#### 1/3": Fraction(1, 3),
+    "-1/2": Fraction(-1, 2),
+    "= −$3/4.": Fraction(-3, 4),
+    "1 / 2 cup": Fraction(1, 2),
+    "1.5/4": Fraction(3, 8),
+    "2/4%": Fraction(1, 2),
+    "1 1/2": Fraction(3, 2),
+    "-1 1/2 cups": Fraction(-3, 2),
+    "½": Fraction(1, 2),
+    "1½": Fraction(3, 2),
+    "1 ½": Fraction(3, 2),
+    "1⁄3": Fraction(1, 3),
+    r"\frac{1}{2}": Fraction(1, 2),
+    r"$-\dfrac{1}{2}$": Fraction(-1, 2),
+    r"\tfrac{-3}{4}": Fraction(-3, 4),
+    r"\frac12": Fraction(1, 2),
+    r"1\frac{1}{2}": Fraction(3, 2),
+    r"The answer is: $\boxed{\frac{5}{6}}$.": Fraction(5, 6),
+    "The answer is 1/4 + 1/2 = 3/4": Fraction(3, 4),
 }
 NO_NUMBERS = [
     "",
@@ -91,16 +175,29 @@ def test_no_final_number(text: str) -> None:
     assert final_number(text) is None
 
 
+@pytest.mark.parametrize("text", FRACTIONS)
+def test_fractions_are_exact(text: str) -> None:
+    assert final_number(text) == FRACTIONS[text]
+
+
 @given(st.decimals(allow_nan=False, allow_infinity=False, places=3, min_value=-(10**9), max_value=10**9))
 def test_a_number_is_read_however_it_is_written(number: Decimal) -> None:
     for text in (f"{number:f}", f"{number:,.3f}", f"The answer is {number:,f}.", f"7 then 8\n#### {number:f} 9"):
         assert final_number(text) == number
 
 
-@given(st.text(alphabet="1,.-$# aT\n"))
-def test_any_text_has_a_final_number_or_none(text: str) -> None:
+@given(st.text(alphabet="1,.-$# aT\n/:^e=*\\{}½²–\u00a0"))
+def test_any_text_has_a_final_number_that_is_itself_or_none(text: str) -> None:
     found = final_number(text)
-    assert found is None or found.is_finite()
+    assert found is None or found == final_number(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["1e999999999999999999999", "9^999999999", "2^-99999", "1e99999/3", "0^-1", "1/0", "9" * 9000 + "/7"]
+)
+def test_a_number_too_large_to_write_out_is_equal_to_itself_only(text: str) -> None:
+    assert scoring.numeric(text, text) == 1.0
+    assert scoring.numeric(text, "8" + text) == scoring.numeric("8" + text, text) == scoring.numeric("1", text) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -119,6 +216,36 @@ def test_any_text_has_a_final_number_or_none(text: str) -> None:
         ("18", "I do not know", 0.0),  # whatever numbers the prompt has: only the reply is read
         ("many", "18", 0.0),
         ("many", "many", 0.0),
+        ("1/2", "3/2", 0.0),
+        ("#### 1/2", "#### 1/3", 0.0),
+        ("1.5e3", "9.9e3", 0.0),
+        ("1e-05", "5", 0.0),
+        ("3:45", "2:45", 0.0),
+        ("1/2", "so 0.5 of it", 1.0),
+        ("1/3", "0.3333333333333333", 0.0),
+        ("3/4", "6/8", 1.0),
+        ("-1/2", "1/2", 0.0),
+        ("1 1/2", "2 1/2", 0.0),
+        ("1 1/2", "1.5 cups", 1.0),
+        ("½", "¼", 0.0),
+        (r"\frac{1}{2}", r"\frac{3}{2}", 0.0),
+        ("1.5e3", "1,500", 1.0),
+        ("1.5 × 10³", "1.5 × 10⁴", 0.0),
+        ("2^3", "5^3", 0.0),
+        ("3:45", "It is 03:45.", 1.0),
+        ("3:45 pm", "3:45 a.m.", 0.0),
+        ("3:45 pm", "15:45", 1.0),
+        ("12:30 am", "0:30", 1.0),
+        ("1:02:30", "2:02:30", 0.0),
+        ("3:45", "3.75", 0.0),
+        ("-3:45", "3:45", 0.0),
+        ("2024-03-15", "2023-03-15", 0.0),
+        ("2024-03-15", "2024/3/15", 1.0),
+        ("3/15/2024", "4/15/2024", 0.0),
+        ("1.2.3", "9.2.3", 0.0),
+        ("-100000000000000000000000000000001", "-100000000000000000000000000000000", 0.0),
+        ("7", "#### Step 1\nAdd 3 and 4.\nThe answer is 7.", 1.0),
+        ("1", "#### Step 1\nAdd 3 and 4.\nThe answer is 7.", 0.0),
     ],
 )
 def test_numeric(reference: str, answer: str, score: float) -> None:
@@ -132,6 +259,28 @@ def test_exact_ignores_case_and_blanks_only(answer: str, score: float) -> None:
     assert scoring.exact("Kai  and River", answer) == score
 
 
+@pytest.mark.parametrize("text", ["café", "Ångström", "Ὀδυσσεύς", "한글", "é̱"])
+def test_exact_takes_accents_in_either_form(text: str) -> None:
+    composed, decomposed = unicodedata.normalize("NFC", text), unicodedata.normalize("NFD", text)
+    assert composed != decomposed
+    assert scoring.exact(composed, decomposed) == scoring.exact(decomposed, composed.upper()) == 1.0
+    assert scoring.mentions(composed, f"It is {decomposed}.")
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        ("New\u00a0York", 1.0),
+        ("\ufeffnew\u200b york", 1.0),
+        ("New\u2009\u2009York", 1.0),
+        ("NewYork", 0.0),
+        ("Néw York", 0.0),
+    ],
+)
+def test_exact_ignores_what_is_not_seen(answer: str, score: float) -> None:
+    assert scoring.exact("New York", answer) == score
+
+
 @pytest.mark.parametrize(
     ("pattern", "reference", "answer", "score"),
     [
@@ -143,6 +292,7 @@ def test_exact_ignores_case_and_blanks_only(answer: str, score: float) -> None:
         (r"<a>(.*?)</a>", "<a>5</a>", "<a>5</a> no, <a>4</a>", 0.0),
         (r"(?:is|are) (\d+)", "is 3", "they are 3", 1.0),
         (r"^(\w)\)", "b) because", "B) because", 0.0),
+        (r"\\boxed{(.*?)}", r"\boxed{5}", r"It is \boxed{5}.", 1.0),
     ],
 )
 def test_regex(pattern: str, reference: str, answer: str, score: float) -> None:
@@ -155,6 +305,9 @@ def test_regex(pattern: str, reference: str, answer: str, score: float) -> None:
         ("fuzzy", "", "no scorer 'fuzzy'; there are exact, numeric and regex"),
         ("regex", "", "needs pattern="),
         ("regex", "(", "not a regular expression"),
+        ("regex", "(a{99999999999})", "not a regular expression"),
+        ("regex", "(" * 3000 + "a" + ")" * 3000, "nested too deeply"),
+        ("regex", "(?:(?:(?:(a){1000}){1000}){1000}){1000}", "too large: .* atoms"),
         ("regex", r"\d+", "has 0 groups"),
         ("regex", r"(a)(b)", "has 2 groups"),
         ("numeric", r"(a)", "belongs to score=regex"),
@@ -179,6 +332,9 @@ def test_plain_scorers_by_name() -> None:
         ("3", "it is 13", False),
         ("a (b)", "an A (b)!", True),
         ("5", "15, 5.2, -5, 2.5 or 5,000", False),
+        ("5", "5/6, 1/5, 5e3, 5:30 or 5^2", False),
+        ("1/2", "either ½ or so", True),
+        ("5 km", "1/5 km", False),
         ("5", "1, 5, 7", True),
         ("1.10", "it is 1.1", False),
         ("5 km", "it is 1.5 km", False),
@@ -189,6 +345,22 @@ def test_plain_scorers_by_name() -> None:
 )
 def test_mentions(reference: str, answer: str, found: bool) -> None:
     assert scoring.mentions(reference, answer) is found
+
+
+SLOW = r"(?:a|aa)+(b)$"  # 1.6^n steps in a row of n letters "a"
+
+
+def test_a_search_that_takes_too_long_ends() -> None:
+    compare = scoring.scorer("regex", SLOW)
+    assert compare("aab", "aaab") == 1.0
+    with pytest.raises(scoring.SlowScoring, match="takes more than 1 s in a text of 60 characters"):
+        compare("aab", "a" * 60)
+
+
+def test_a_pattern_with_nested_repeats_ends() -> None:
+    compare = scoring.scorer("regex", r"((?:a+)+)$")
+    assert compare("a" * 40, "a" * 40) == 1.0
+    assert compare("aa", "a" * 40 + "!") == 0.0
 
 
 SOLUTION = "She has 16 - 3 = 13 eggs.\n#### 1,013.50"

@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import unicodedata
 from collections.abc import Iterator
 from importlib.metadata import version
 
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_lite.lab import catalogue, gym, tasks
-from lora_lite.lab.scoring import numeric
+from lora_lite.lab.scoring import numeric, scorer
 from lora_lite.lab.tasks import Example, Task, TaskError
 
 GENERATORS = [
@@ -205,10 +206,43 @@ def test_what_every_question_repeats_can_be_dropped() -> None:
         assert task.score(example, example.answer) == 1.0
 
 
-@pytest.mark.parametrize(("drop", "message"), [("(", "not a regular expression"), (".*", "nothing is left")])
+@pytest.mark.parametrize(
+    ("drop", "message"),
+    [
+        ("(", "not a regular expression"),
+        (".*", "nothing is left"),
+        (f"{'(' * 3000}a{')' * 3000}", "nested too deeply"),
+        ("(?:(?:(a){1000}){1000}){1000}", "too large"),
+    ],
+)
 def test_a_bad_drop_is_an_error(drop: str, message: str) -> None:
     with pytest.raises(TaskError, match=message):
         tasks.build_prompt("2 + 2", drop=drop)
+
+
+def test_a_drop_that_takes_too_long_ends() -> None:
+    with pytest.raises(TaskError, match=r"drop=.* takes more than 1 s in a text of 60 characters"):
+        tasks.build_prompt("a" * 60, drop="(?:a|aa)+b$")
+
+
+def test_a_reply_in_which_the_pattern_takes_too_long_scores_0_and_says_why() -> None:
+    verify = tasks.by_reference(scorer("regex", "(?:a|aa)+(b)$"))
+    example = Example("Say ab", "ab", "mine")
+    task = tasks.from_examples("mine", [example], verify)
+    assert task.assess(example, "aab") == (1.0, "")
+    score, why = task.assess(example, "a" * 60)
+    assert score == 0.0 and "takes more than 1 s" in why
+
+
+def test_a_question_is_one_question_in_either_form_of_its_accents() -> None:
+    questions = [f"Combien de cafés coûtent {n} euros à Orléans ?" for n in range(300)]
+    forms = [unicodedata.normalize(form, question) for form in ("NFC", "NFD") for question in questions]
+    task = tasks.from_examples("cafés", [Example(question, str(len(question)), "cafés") for question in forms])
+    found = {split: [example.prompt for example in task.distinct(split)] for split in ("validation", "test")}
+    found["train"] = [example.prompt for example in task.source("train", 0) if example is not None]
+    keys = {split: {unicodedata.normalize("NFC", prompt) for prompt in prompts} for split, prompts in found.items()}
+    assert set().union(*keys.values()) == set(questions) and sum(map(len, keys.values())) == 300
+    assert len(found["test"]) == len(keys["test"]) > 0
 
 
 def test_plain_prompts_of_generators_are_the_question_and_a_line_end() -> None:

@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import math
 import random
-import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,8 @@ from pathlib import PurePath
 from typing import Any
 
 from lora_lite.errors import LoraLiteError
-from lora_lite.lab.scoring import RIGHT, Finder, Scorer, exact, mentions, normal
+from lora_lite.lab.patterns import PatternError, pattern
+from lora_lite.lab.scoring import RIGHT, Finder, Scorer, SlowScoring, exact, mentions, normal
 
 # Shares of the content space, in percent. Membership is a hash of the prompt, so it depends neither on the seed nor on
 # how many examples are drawn: two runs, or two machines, can never train on each other's test items.
@@ -160,7 +160,7 @@ class Task:
 
 
 def content_key(prompt: str) -> bytes:
-    """A hash of the words of a prompt; case and blanks do not count."""
+    """A hash of the words of a prompt; case, blanks and the encoding of accents do not count: see `normal`."""
     return hashlib.sha256(normal(prompt).encode()).digest()
 
 
@@ -221,15 +221,16 @@ def build_prompt(question: str, template: str = "", drop: str = "", chat: bool =
 
     template: "" is the question alone, and a line end after it for a plain prompt (chat=False).
     drop: regular expression of what to leave out first, such as a preamble that is the same for every question
-    (tokens cost time); "." matches line ends too. Raises TaskError if it is no expression, or leaves nothing.
+    (tokens cost time); "." matches line ends too. Raises TaskError if it is no expression, takes too long, or leaves
+    nothing.
     """
     template = template or ("{question}" if chat else "{question}\n")
     if "{question}" not in template:
         raise TaskError(f"the template {template!r} has no {{question}}")
     try:
-        kept = re.sub(drop, "", question, flags=re.DOTALL).strip() if drop else question.strip()
-    except re.error as error:
-        raise TaskError(f"drop={drop!r} is not a regular expression: {error}") from error
+        kept = pattern(drop, dotall=True).remove(question).strip() if drop else question.strip()
+    except PatternError as error:
+        raise TaskError(f"drop={drop!r} {error}") from error
     if not kept:
         raise TaskError(f"nothing is left of the question {question!r} with drop={drop!r}")
     return template.replace("{question}", kept)
@@ -247,8 +248,15 @@ def require_no_instruction(instruction: str | None, chat: bool) -> None:
 
 
 def by_reference(scorer: Scorer) -> Verifier:
-    """The verifier that scores an answer against the example's own."""
-    return lambda example, answer: scorer(example.answer, answer)
+    """The verifier that scores an answer against the example's own; VerifierError where that takes too long."""
+
+    def verify(example: Example, answer: str) -> float:
+        try:
+            return scorer(example.answer, answer)
+        except SlowScoring as error:
+            raise VerifierError(str(error)) from error
+
+    return verify
 
 
 EXACT = by_reference(exact)
