@@ -71,6 +71,8 @@ def finding(arm: str, facts: tuple, seeds: int = 3, steps: int = 120) -> Finding
         wanted_seeds=3, rates=rates, rate=rate, edge=edge, accuracy=interval(draw, mean, 0.035),
         by_seed={seed: mean + draw.uniform(-0.02, 0.02) for seed in range(seeds)},
         against=Interval(0, 0, 0) if arm == "lora" else against, verdict=verdict,
+        alone=None if arm == "lora" else against,
+        seen=0.123 if verdict == "tie" else None,
         p=None if arm == "lora" else 0.01 if verdict != "tie" else 0.4, places=(1, 17), mentioned=mean + 0.05,
         cut_off=0.01, validation_loss=interval(draw, rates[rate] or 0, 0.02), curves=curves,
         forgetting={
@@ -197,8 +199,14 @@ def thin() -> Findings:
     common = {"wanted_seeds": 3, "places": (1, 4), "failures": ()}
     changes = {
         "lora": {"edge": "highest"},
-        "dora": {"verdict": "tie", "p": 0.2324, "against": Interval(-0.427, -0.688, -0.167), "edge": "lowest"},
-        "hra": {"seeds": (1,), "by_seed": {1: 0.6}, "verdict": "", "p": None, "edge": ""},
+        "dora": {
+            "verdict": "tie",
+            "p": 0.2324,
+            "against": Interval(-0.427, -0.888, 0.067),
+            "edge": "lowest",
+            "seen": 0.5,
+        },
+        "hra": {"seeds": (1,), "by_seed": {1: 0.6}, "verdict": "", "p": None, "edge": "", "alone": None, "seen": None},
         "road": {"verdict": "worse", "p": 2.4e-10, "against": Interval(-0.114, -0.15, -0.08), "edge": ""},
     }
     arms = [dataclasses.replace(arm, **common, **changes[arm.arm]) for arm in study.arms]

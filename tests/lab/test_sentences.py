@@ -4,6 +4,8 @@ import dataclasses
 
 import page_studies as studies
 
+from lora_lite.lab import tables
+from lora_lite.lab.caveats import ties
 from lora_lite.lab.page import sentences
 
 
@@ -31,4 +33,15 @@ def test_sentences_about_what_intervals_cover() -> None:
     assert "seeds and test items" in sentences.covered(few)
     assert "each arm has one seed" in sentences.covered(single := dataclasses.replace(few, arms=tuple(alone)))
     assert "seeds and" not in sentences.covered(single)
-    assert sentences.surprising(few) == ""
+
+
+def test_ties_say_what_they_would_have_seen() -> None:
+    few = studies.whole({arm: studies.ARMS[arm] for arm in ("lora", "eva", "ia3")})
+    seen = {"eva": ("tie", 0.311), "ia3": ("worse", 0.2), "lora": ("baseline", None)}
+    arms = [dataclasses.replace(arm, verdict=seen[arm.arm][0], seen=seen[arm.arm][1]) for arm in few.arms]
+    said = sentences.counted(dataclasses.replace(few, arms=tuple(arms)))
+    assert "A tie would have been a verdict, 80 times of 100, from 31.1 points on" in said
+    assert "a true difference of 31.1 points" in ties(arms) and ties(arms[:0]) == ""
+    eva = next(arm for arm in arms if arm.arm == "eva")
+    assert tables.against(eva).endswith("tie (sees 31.1)")
+    assert tables.against(dataclasses.replace(eva, seen=None)).endswith("tie (sees none)")

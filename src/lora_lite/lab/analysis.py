@@ -43,8 +43,10 @@ class Analysis:
             name: {seed: correct(record) for seed, record in records.items() if record["status"] == DONE}
             for name, records in self.seeds.items()
         }
-        self.places = {arm: place for arm, place in estimates.places(self.scores).items() if self.scores[arm]}
-        self.verdicts = self._verdicts()
+        self.errors = estimates.Errors(self.scores)
+        self.compared = self.errors.against(self.study.reference)
+        places = estimates.places(self.scores, self.errors)
+        self.places = {arm: place for arm, place in places.items() if self.scores[arm]}
 
     def of(self, job: Job) -> Record | None:
         """The record of a job, if it is done."""
@@ -56,23 +58,19 @@ class Analysis:
         found = {seed: self.of(Job("seed", arm, rate, seed)) for seed in range(1, self.study.seeds + 1)}
         return {seed: record for seed, record in found.items() if record is not None}
 
-    def _verdicts(self) -> dict[str, tuple[Interval, str, float | None]]:
-        """Arm -> its paired difference to the baseline, what may be said of it, and the adjusted p-value."""
-        reference = self.scores[self.study.reference]
-        rivals = {
-            name: table
-            for name, table in self.scores.items()
-            if name != self.study.reference and table.keys() & reference.keys()
-        }
-        differences = {name: estimates.shared(table, reference) for name, table in rivals.items()}
-        adjusted = estimates.holm(
-            {
-                name: estimates.of_items(differences[name]).p
-                for name, table in rivals.items()
-                if estimates.comparable(table, reference)
-            }
-        )
-        return {name: decided(estimates.paired(table), adjusted.get(name)) for name, table in differences.items()}
+    def _against(self, name: str) -> dict[str, Any]:
+        """The fields of a finding that compare an arm with the baseline."""
+        reference = self.study.reference
+        table, base = self.scores[name], self.scores[reference]
+        found = {"against": None, "alone": None, "verdict": "baseline" if name == reference else "", "p": None}
+        if name == reference or not table or not base:
+            return found
+        if (compared := self.compared.get(name)) is not None:
+            change = "better" if compared.joint.mean > 0 else "worse"
+            verdict = change if compared.decided else "tie"
+            joint, alone = compared.joint, compared.alone
+            return {"against": joint, "alone": alone, "verdict": verdict, "p": compared.p, "seen": compared.seen}
+        return {**found, "against": estimates.of_items(estimates.stack(table), estimates.stack(base))}
 
     def findings(self) -> Findings:
         """All of it."""
@@ -134,20 +132,24 @@ class Analysis:
         rate = self.rates.get(arm.name)
         records = [self.seeds[arm.name][seed] for seed in sorted(table)]
         cls = ll.variants()[arm.method.split("+")[0]]
-        word = "baseline" if arm.name == study.reference else ""
-        against, verdict, p = self.verdicts.get(arm.name, (None, word, None))
         return Finding(
             arm=arm.name, method=arm.method, title=cls.title, arxiv=cls.arxiv, seeds=tuple(sorted(table)),
             wanted_seeds=study.seeds, rates=losses_by_rate(tried), rate=rate, edge=edge(study.grid(arm), rate),
-            accuracy=estimates.accuracy(np.stack([table[seed] for seed in sorted(table)])) if table else None,
+            accuracy=self.accuracy(arm.name),
             by_seed={seed: float(scores.mean()) for seed, scores in sorted(table.items())},
-            against=against, verdict=verdict, p=p, places=self.places.get(arm.name),
+            **self._against(arm.name), places=self.places.get(arm.name),
             mentioned=mean(records, "mentioned"), cut_off=mean(records, "cut_off"),
             validation_loss=over(records, "validation"),
             curves={seed: list(self.seeds[arm.name][seed]["curve"]) for seed in sorted(table)},
             forgetting=self.forgetting(records), cost=self.cost(arm, records or [r for r in tried.values() if r]),
             failures=failures(tried, self.seeds[arm.name], self.of(Job("cost", arm))), missing=self.lacks(arm, tried),
         )  # fmt: skip
+
+    def accuracy(self, name: str) -> Interval | None:
+        """The mean accuracy of an arm; of one seed, its interval covers items alone."""
+        if name in self.errors.tables:
+            return self.errors.accuracy(name)
+        return estimates.accuracy(estimates.stack(self.scores[name])) if self.scores[name] else None
 
     def forgetting(self, records: list[Record]) -> dict[str, Change]:
         """Losses elsewhere: those of the bare base, and those with the trained adapter."""
@@ -200,14 +202,6 @@ class Analysis:
 def correct(record: Record) -> np.ndarray:
     """0/1 for each item (I,)."""
     return (np.asarray(record["scores"], dtype=float) >= RIGHT).astype(float)
-
-
-def decided(difference: Interval, p: float | None) -> tuple[Interval, str, float | None]:
-    """A difference with what may be said of it: better, worse, a tie, or nothing ("") where there is no p-value."""
-    if p is None:
-        return difference, "", p
-    real = p < 1 - estimates.LEVEL and difference.excludes(0.0)
-    return difference, ("better" if difference.mean > 0 else "worse") if real else "tie", p
 
 
 def point(value: float) -> Interval:

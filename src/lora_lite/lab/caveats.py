@@ -12,7 +12,7 @@ MANY = 0.1  # share of replies cut off from which it is said
 
 def caveats(arms: Sequence[Finding], baseline: str, costs: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
     """A sentence for each weakness that shows in the findings. costs: the records of runs that measured costs."""
-    return tuple(filter(None, (seeds(arms), edges(arms, baseline), unfinished(arms), machines(costs))))
+    return tuple(filter(None, (seeds(arms), ties(arms), edges(arms, baseline), unfinished(arms), machines(costs))))
 
 
 def seeds(arms: Sequence[Finding]) -> str:
@@ -22,7 +22,28 @@ def seeds(arms: Sequence[Finding]) -> str:
         return ""
     return (
         f"Measured with one seed: {', '.join(alone)}. There the interval covers test items alone, another seed may "
-        "land far from it, and nothing is called better or worse before two seeds are in common."
+        "land far from it, and nothing is called better or worse before an arm and the baseline have two seeds each."
+    )
+
+
+def ties(arms: Sequence[Finding]) -> str:
+    """What differences the ties could have hidden."""
+    found = [arm.seen for arm in arms if arm.verdict == "tie"]
+    if not found:
+        return ""
+    known = [share for share in found if share is not None]
+    blind = len(found) - len(known)
+    parts = []
+    if known:
+        low, high = (f"{100 * share:.1f}" for share in (min(known), max(known)))
+        parts.append(
+            f"a true difference of {low if low == high else f'{low} to {high}'} points, by arm (the number after "
+            "'sees'), would have been found in 80 of 100 such studies"
+        )
+    if blind:
+        parts.append(f"for {blind} arm{'s' * (blind > 1)} no difference would, however large")
+    return (
+        f"A tie is not equality: {'; '.join(parts)}. Smaller differences may be real and missed: more seeds find them."
     )
 
 

@@ -1,11 +1,17 @@
-"""How sure is a number? Intervals over seeds and items, paired comparisons, and ties.
+"""How sure is a number? Intervals over seeds and items, comparisons, ties, and what a study could have seen.
 
-A study measures S seeds of an arm on the same I items, so scores form an S x I table, whose rows and columns are both
-random: another seed would give another row, another item another column. The mean's variance is that of the crossed
-random-effects model (Searle, Casella and McCulloch, "Variance Components", 1992, chapter 5): with the mean squares of
-seeds, items and the rest,
+A study measures some seeds of each arm on the same I items, and both are samples: another seed would give another
+number, another item too. All that is said of a study comes from one model of the errors of its arms:
 
-    Var(mean) = (MS_seeds + MS_items - MS_rest) / (S I),        degrees of freedom by Satterthwaite (1946).
+- The scale is z = asin(sqrt(accuracy)), on which the spread of a share is the same at 3% as at 50% (Anscombe 1948).
+- Seeds: each arm's variance over its seeds, moderated by those of the other arms (`moderated`).
+- Items: the arms' means of each item vary and vary together; their covariance, less what chance within a seed adds to
+  it, is added. What makes an item hard for all arms cancels in differences.
+
+`Errors` draws the arms' errors many times from this model. An interval of one difference is as wide as 95% of its
+draws; a joint interval is wider by the factor that makes 95% of the draws lie within *all* of the family's intervals
+(Dunnett 1955 against a baseline, Tukey 1949 for all pairs, where spreads agree). Adjusted p-values and verdicts read
+off the same draws, so that interval, p and verdict agree. Ends are given in accuracy.
 """
 
 import math
@@ -16,78 +22,205 @@ import numpy as np
 from scipy import stats
 
 from lora_lite.lab.findings import Interval
+from lora_lite.lab.moderated import draw_variances
 
 LEVEL = 0.95
-RESAMPLES = 4000
+POWER = 0.8
+DRAWS = 20_000
+FULL = math.pi / 2  # z of an accuracy of 1
+
+Table = Mapping[int, np.ndarray]  # seed -> 0/1 scores (I,)
 
 
 @dataclass(frozen=True)
-class Spread:
-    """A mean with its standard error and the degrees of freedom of that."""
+class Comparison:
+    """A difference of two arms' accuracies.
 
-    mean: float
-    error: float
-    freedom: float
-
-    @property
-    def interval(self) -> Interval:
-        """The 95% interval; of no width where nothing varies, and without end where nothing can be said (one value)."""
-        if self.error == 0:
-            return Interval(self.mean, self.mean, self.mean)
-        reach = float(stats.t.ppf((1 + LEVEL) / 2, self.freedom)) * self.error if self.freedom > 0 else math.inf
-        return Interval(self.mean, self.mean - reach, self.mean + reach)
-
-    @property
-    def p(self) -> float:
-        """Two-sided p-value of the mean being 0."""
-        if self.error == 0:
-            return 1.0 if self.mean == 0 else 0.0
-        return float(2 * stats.t.sf(abs(self.mean) / self.error, self.freedom)) if self.freedom > 0 else 1.0
-
-
-def crossed(scores: np.ndarray) -> Spread:
-    """Mean over a table of seeds x items (S, I), with an error that covers both.
-
-    With one seed the error covers items alone; with one item, seeds alone; of a single value it is infinite.
+    Attributes:
+        joint: with the interval that holds together with those of the whole family, 95 times of 100.
+        alone: with its own 95% interval.
+        p: of the difference being 0, adjusted for the family: below 0.05 just where `joint` excludes 0.
+        seen: the smallest true difference that would have been found (p < 0.05) in 80 of 100 such studies, of those
+            that the second arm's accuracy leaves room for; None if none.
     """
-    seeds, items = scores.shape
-    mean = float(scores.mean())
-    if scores.size == 1:
-        return Spread(mean, math.inf, 0)
-    by_seed, by_item = scores.mean(axis=1), scores.mean(axis=0)
-    rest = scores - by_seed[:, None] - by_item[None, :] + mean
-    squares = {
-        "seeds": (items * float(((by_seed - mean) ** 2).sum()), seeds - 1),
-        "items": (seeds * float(((by_item - mean) ** 2).sum()), items - 1),
-        "rest": (float((rest**2).sum()), (seeds - 1) * (items - 1)),
-    }
-    mean_squares = {key: total / freedom if freedom else 0.0 for key, (total, freedom) in squares.items()}
-    combined = mean_squares["seeds"] + mean_squares["items"] - mean_squares["rest"]
-    # The difference of mean squares can come out below either part by chance; a variance cannot.
-    parts = {key: mean_squares[key] for key in ("seeds", "items")}
-    if combined < max(parts.values()):
-        largest = max(parts, key=parts.__getitem__)
-        return Spread(mean, math.sqrt(parts[largest] / (seeds * items)), squares[largest][1])
-    freedom = sum(mean_squares[key] ** 2 / df for key, (_, df) in squares.items() if df)
-    freedom = combined**2 / freedom if freedom else 0.0
-    return Spread(mean, math.sqrt(combined / (seeds * items)), freedom)
+
+    joint: Interval
+    alone: Interval
+    p: float
+    seen: float | None
+
+    @property
+    def decided(self) -> bool:
+        """Whether the difference is surely not 0."""
+        return self.p < 1 - LEVEL
 
 
-def of_items(differences: np.ndarray) -> Spread:
-    """`crossed` for differences of 0/1 scores (S, I), with an error of at least 1 / I: what one item that stands out
-    would give. Three items that agree are no certainty."""
-    spread, items = crossed(differences), differences.shape[1]
-    if spread.error >= 1 / items:
-        return spread
-    return Spread(spread.mean, 1 / items, spread.freedom or items - 1)
+class Errors:
+    """The joint errors of arms with at least two seeds each; the others of `tables` are left out.
+
+    tables: arm -> seed -> scores (I,), the same items throughout. draws, seed: of the simulation, which gives the same
+    numbers every time.
+    """
+
+    def __init__(self, tables: Mapping[str, Table], draws: int = DRAWS, seed: int = 0) -> None:
+        self.tables = {name: stack(table) for name, table in tables.items() if len(table) >= 2}
+        self.index = {name: at for at, name in enumerate(self.tables)}
+        if not self.tables:
+            return
+        scores = list(self.tables.values())
+        self.items = scores[0].shape[1]
+        self.means = np.array([table.mean() for table in scores])
+        self.z = angle(self.means)
+        self.draws = self._draw(scores, draws, np.random.default_rng(seed))
+
+    def _draw(self, scores: Sequence[np.ndarray], draws: int, rng: np.random.Generator) -> np.ndarray:
+        """Errors of z, (draws, A)."""
+        items, counts = self.items, np.array([len(table) for table in scores])
+        slopes = np.array([slope(table) for table in scores])
+        steps = (slopes / items) ** 2  # a whole item's worth, squared: accuracies move in such steps
+        spread = np.array([corrected(table.mean(axis=1), items).var(ddof=1) for table in scores]) + steps / 12
+        seeds = rng.normal(size=(draws, len(scores))) * np.sqrt(
+            draw_variances(spread, counts - 1.0, draws, rng) / counts
+        )
+        covariance = slopes[:, None] * slopes * item_covariance(scores) / items
+        covariance += np.diag(steps / 2)  # agreement of all items is no certainty: one of them may stand out
+        values, vectors = np.linalg.eigh(covariance)
+        root = vectors * np.sqrt(np.maximum(values, 0.0))
+        freedom = max(items - 1, 1)
+        wide = np.sqrt(freedom / rng.chisquare(freedom, size=(draws, 1)))
+        return seeds + rng.normal(size=(draws, len(scores))) @ root.T * wide
+
+    def accuracy(self, name: str) -> Interval:
+        """An arm's mean accuracy; its interval is never narrower than Wilson's for the items alone."""
+        at = self.index[name]
+        reach = float(np.quantile(np.abs(self.draws[:, at]), LEVEL))
+        low, high = wilson(self.means[at], self.items)
+        ends = [share(self.z[at] - reach), share(self.z[at] + reach)]
+        return Interval(float(self.means[at]), min(ends[0], low), max(ends[1], high))
+
+    def compare(self, pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], Comparison]:
+        """Each pair's difference, first less second, as one family."""
+        if not pairs:
+            return {}
+        one, other = (np.array([self.index[pair[side]] for pair in pairs]) for side in (0, 1))
+        errors = self.draws[:, one] - self.draws[:, other]
+        reach = np.quantile(np.abs(errors), LEVEL, axis=0)
+        largest = np.sort(np.max(np.abs(errors) / reach, axis=1))
+        count = len(largest)
+        factor = float(largest[-math.floor((1 - LEVEL) * (count + 1))])  # beyond it, and only there, p < 0.05
+        typical = np.quantile(np.abs(errors), 2 * POWER - 1, axis=0)  # errors are symmetric
+        found = {}
+        for at, pair in enumerate(pairs):
+            ends = (self.z[one[at]], self.z[other[at]])
+            tail = count - int(np.searchsorted(largest, abs(ends[0] - ends[1]) / reach[at]))
+            found[pair] = Comparison(
+                joint=between(*ends, factor * reach[at]),
+                alone=between(*ends, reach[at]),
+                p=(1 + tail) / (1 + count),
+                seen=detectable(ends[1], factor * reach[at] + typical[at]),
+            )
+        return found
+
+    def against(self, reference: str) -> dict[str, Comparison]:
+        """Every other arm compared with one, as a family; nothing if that has no two seeds."""
+        others = [name for name in self.tables if name != reference] if reference in self.tables else []
+        found = self.compare([(name, reference) for name in others])
+        return {name: comparison for (name, _), comparison in found.items()}
+
+
+def places(tables: Mapping[str, Table], errors: Errors | None = None) -> dict[str, tuple[int, int]]:
+    """The best and the worst place of each arm that the data allow.
+
+    tables: as for `Errors`; an arm with fewer than two seeds may take any place. All pairs are compared as one family;
+    an arm's place is 1 + the number of those surely better, up to the number of arms - those surely worse.
+    """
+    errors = errors or Errors(tables)
+    names = list(errors.tables)
+    pairs = [(one, other) for index, one in enumerate(names) for other in names[index + 1 :]]
+    better, worse = dict.fromkeys(tables, 0), dict.fromkeys(tables, 0)
+    for (one, other), found in errors.compare(pairs).items():
+        if found.decided:
+            first, second = (one, other) if found.joint.mean > 0 else (other, one)
+            worse[first] += 1
+            better[second] += 1
+    return {name: (1 + better[name], len(tables) - worse[name]) for name in tables}
+
+
+def stack(table: Table) -> np.ndarray:
+    """The scores (S, I) by seed."""
+    return np.stack([table[seed] for seed in sorted(table)]).astype(float)
+
+
+def item_covariance(scores: Sequence[np.ndarray]) -> np.ndarray:
+    """Covariance (A, A) of the arms' true accuracies over items: that of their means, less the chance within seeds."""
+    if scores[0].shape[1] == 1:
+        return np.zeros((len(scores), len(scores)))
+    found = np.atleast_2d(np.cov(np.stack([table.mean(axis=0) for table in scores])))
+    chance = []
+    for table in scores:
+        rest = table - table.mean(axis=1, keepdims=True) - table.mean(axis=0) + table.mean()
+        chance.append((rest**2).sum() / np.prod(np.subtract(table.shape, 1)) / len(table))
+    values, vectors = np.linalg.eigh(found - np.diag(chance))
+    return vectors * np.maximum(values, 0.0) @ vectors.T  # chance makes some below 0; a variance cannot be
+
+
+def angle(accuracy: np.ndarray) -> np.ndarray:
+    """asin(sqrt(accuracy))."""
+    return np.arcsin(np.sqrt(np.clip(accuracy, 0.0, 1.0)))
+
+
+def corrected(accuracy: np.ndarray, items: int) -> np.ndarray:
+    """`angle` with Anscombe's correction, which keeps the spread even at a few right or wrong items."""
+    return angle((accuracy * items + 3 / 8) / (items + 3 / 4))
+
+
+def slope(table: np.ndarray) -> float:
+    """How far `angle` moves with the accuracy of scores (S, I), d angle / d accuracy, finite at 0 and 1."""
+    inside = (table.sum() + 3 / 8) / (table.size + 3 / 4)
+    return 0.5 / math.sqrt(inside * (1 - inside))
+
+
+def share(z: float) -> float:
+    """The accuracy at an angle, kept in [0, 1]."""
+    return math.sin(min(max(float(z), 0.0), FULL)) ** 2
+
+
+def between(one: float, other: float, reach: float) -> Interval:
+    """The difference of two angles, give or take `reach`, as a difference of accuracies around their middle."""
+    middle = (one + other) / 2
+
+    def points(difference: float) -> float:
+        return share(middle + difference / 2) - share(middle - difference / 2)
+
+    return Interval(*(points(one - other + shift) for shift in (0.0, -reach, reach)))
+
+
+def detectable(z: float, distance: float) -> float | None:
+    """The larger of the differences of accuracy, up and down, that an angle of `distance` makes beside z; None if there
+    is room for neither."""
+    found = [abs(share(end) - share(z)) for end in (z - distance, z + distance) if 0 <= end <= FULL]
+    return max(found, default=None)
 
 
 def accuracy(correct: np.ndarray) -> Interval:
-    """Mean of 0/1 scores (S, I) with its interval, which is kept in [0, 1] and never narrower than Wilson's for the
-    items alone: no item right of 100 does not mean that none ever will be."""
-    spread = crossed(correct).interval
-    low, high = wilson(spread.mean, correct.shape[1])
-    return Interval(spread.mean, max(0.0, min(spread.low, low)), min(1.0, max(spread.high, high)))
+    """Mean of 0/1 scores (S, I) of a single arm; of one seed, the interval is Wilson's and covers items alone."""
+    if len(correct) >= 2:
+        return Errors({"": dict(enumerate(correct))}).accuracy("")
+    return Interval(float(correct.mean()), *wilson(float(correct.mean()), correct.shape[1]))
+
+
+def of_items(one: np.ndarray, other: np.ndarray) -> Interval:
+    """Mean difference of two arms' scores (S, I), with an interval over items that says nothing of other seeds.
+
+    The t interval, its error at least 1 / I, what one item that stands out would give; without end for one item.
+    """
+    differences = one.mean(axis=0) - other.mean(axis=0)
+    items, mean = len(differences), float(differences.mean())
+    if items == 1:
+        return Interval(mean, -1.0, 1.0)
+    error = max(float(stats.sem(differences)), 1 / items)
+    reach = float(stats.t.ppf((1 + LEVEL) / 2, items - 1)) * error
+    return Interval(mean, max(-1.0, mean - reach), min(1.0, mean + reach))
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
@@ -95,70 +228,13 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     z = float(stats.norm.ppf((1 + LEVEL) / 2))
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     reach = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return centre - reach, centre + reach
+    return max(0.0, centre - reach), min(1.0, centre + reach)
 
 
 def loss(values: Sequence[float]) -> Interval:
     """Mean of a loss over seeds, with the t interval, kept at 0 or above; without end for one seed."""
-    found = crossed(np.asarray(values, dtype=float)[:, None]).interval
-    return Interval(found.mean, max(0.0, found.low), found.high)
-
-
-def paired(differences: np.ndarray, seed: int = 0) -> Interval:
-    """The mean of paired differences (S, I) of two arms on the same seeds and items, with its interval.
-
-    The wider, at each end, of two: the percentile bootstrap over items within seeds (each resample of the items serves
-    all seeds, for the items are the same), which assumes no distribution but says nothing of other seeds; and that of
-    `of_items`, which covers seeds.
-    """
-    rng = np.random.default_rng(seed)
-    items = differences.shape[1]
-    by_item = differences.mean(axis=0)
-    means = by_item[rng.integers(items, size=(RESAMPLES, items))].mean(axis=1)
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    both = of_items(differences).interval
-    return Interval(both.mean, min(float(low), both.low), max(float(high), both.high))
-
-
-def holm(ps: Mapping[str, float]) -> dict[str, float]:
-    """p-values adjusted for their number (Holm 1979)."""
-    adjusted: dict[str, float] = {}
-    largest = 0.0
-    for rank, key in enumerate(sorted(ps, key=ps.__getitem__)):
-        largest = max(largest, min(1.0, (len(ps) - rank) * ps[key]))
-        adjusted[key] = largest
-    return adjusted
-
-
-def places(tables: Mapping[str, Mapping[int, np.ndarray]]) -> dict[str, tuple[int, int]]:
-    """The best and the worst place of each arm that the data allow.
-
-    tables: arm -> seed -> scores (I,) on the same items; no seeds: not measured yet, so that it may take any place.
-    Every pair that is `comparable` is compared on the seeds that both have, adjusted for the number of pairs; an arm's
-    place is 1 + the number of those surely better, up to the number of arms - those surely worse.
-    """
-    names = list(tables)
-    spreads = {
-        (one, other): of_items(shared(tables[one], tables[other]))
-        for index, one in enumerate(names)
-        for other in names[index + 1 :]
-        if comparable(tables[one], tables[other])
-    }
-    adjusted = holm({"\n".join(pair): spread.p for pair, spread in spreads.items()})
-    better, worse = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
-    for (one, other), spread in spreads.items():
-        if adjusted[f"{one}\n{other}"] < 1 - LEVEL:
-            first, second = (one, other) if spread.mean > 0 else (other, one)
-            worse[first] += 1
-            better[second] += 1
-    return {name: (1 + better[name], len(names) - worse[name]) for name in names}
-
-
-def comparable(one: Mapping[int, np.ndarray], other: Mapping[int, np.ndarray]) -> bool:
-    """Whether two arms have two seeds in common: of one seed's difference nobody knows how far another would be."""
-    return len(one.keys() & other.keys()) >= 2
-
-
-def shared(one: Mapping[int, np.ndarray], other: Mapping[int, np.ndarray]) -> np.ndarray:
-    """Differences (S, I) of two arms on the seeds that both have."""
-    return np.stack([one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())])
+    mean = float(np.mean(values))
+    if len(values) == 1:
+        return Interval(mean, 0.0, math.inf)
+    reach = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * stats.sem(values))
+    return Interval(mean, max(0.0, mean - reach), mean + reach)

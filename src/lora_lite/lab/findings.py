@@ -73,9 +73,13 @@ class Finding:
         rate: the chosen rate; None before all are tried. edge: "lowest" or "highest" where it is the grid's end.
         accuracy: mean over seeds, 95% interval over seeds and items; None if nothing is measured.
         by_seed: accuracy of each seed.
-        against: the paired difference to the baseline on the same items and seeds. verdict: "baseline", "better",
-            "worse", "tie" or "" (not comparable yet: fewer than two seeds in common). p: of the difference being 0,
-            adjusted by Holm for the number of arms compared.
+        against: the difference to the baseline on the same items, with the 95% interval that holds together with those
+            of all other arms. verdict: "baseline", "better", "worse" (just where that interval leaves out 0), "tie" or
+            "" (not comparable yet: fewer than two seeds of the arm or of the baseline; then the interval covers items
+            alone). p: of the difference being 0, adjusted for the arms compared: below 0.05 just where it is decided.
+        alone: the same difference with the 95% interval of this one comparison; None without a verdict.
+        seen: the smallest difference to the baseline (a share) that the study would have found in 80 of 100 cases; None
+            without a verdict, or if the baseline's accuracy leaves no room for one.
         places: best and worst place among the arms that the data allow.
         mentioned: share of replies in which the right answer occurs anywhere.
         cut_off: share of replies that reached the largest number of new tokens.
@@ -107,6 +111,8 @@ class Finding:
     curves: dict[int, list[float]]
     forgetting: dict[str, Change]
     cost: Cost | None
+    alone: Interval | None = None
+    seen: float | None = None
     failures: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
 

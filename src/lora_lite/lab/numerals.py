@@ -52,6 +52,11 @@ def p_value(p: float) -> str:
     return f"p = {p:.{digits}f}" if p < 1 else "p = 1"
 
 
+def seen(share: float | None) -> str:
+    """What a tie could not miss, in points: 0.3112 -> "sees 31.1"; None -> "sees none"."""
+    return "sees none" if share is None else f"sees {100 * share:.1f}"
+
+
 def ratio(value: float) -> str:
     """A time as a multiple of another: 1.2345 -> "1.23×"."""
     return _minus(f"{value:.2f}×")

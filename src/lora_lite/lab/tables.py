@@ -33,7 +33,8 @@ def against(found: Finding) -> str:
     if found.against is None:
         return found.verdict or NOTHING
     ends = _ends(found.against, numerals.points)
-    return f"{numerals.points(found.against.mean)} [{ends}] {found.verdict}"
+    word = f"tie ({numerals.seen(found.seen)})" if found.verdict == "tie" else found.verdict
+    return f"{numerals.points(found.against.mean)} [{ends}] {word}".strip()
 
 
 def place(found: Finding) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import median
 
+from lora_lite.lab import numerals
 from lora_lite.lab.findings import Cost, Finding, Findings, Interval
 from lora_lite.lab.numerals import DASH, compact, loss, p_value, percent, points, rate, seconds, short, signed, span
 
@@ -17,7 +18,7 @@ VERDICTS = {  # verdict -> what the table says
 }
 EDGE = "at the grid's edge"  # of an arm whose chosen rate is the lowest or the highest that was tried
 ITEMS_ONLY = "items only"  # of an interval that says nothing of other seeds
-UNCOMPARED = "not comparable yet: fewer than two seeds in common with the baseline"
+UNCOMPARED = "not comparable yet: the arm or the baseline has fewer than two seeds"
 WORST = 10_000  # more places than a study has arms
 
 
@@ -32,7 +33,7 @@ class Cell:
         title: what a pointer shows; for a dash, why there is nothing.
         mark: a class of the style sheet.
         forest: for a difference, where its interval is drawn: low, mean and high, in percent of the drawing's width.
-        p: for a difference, its p-value in words.
+        aside: for a difference, its p-value in words; for a tie, the difference that it would have seen.
     """
 
     text: str = DASH
@@ -41,7 +42,7 @@ class Cell:
     title: str = ""
     mark: str = ""
     forest: tuple[float, float, float] | None = None
-    p: str = ""
+    aside: str = ""
 
 
 def missing(why: str, arm: Finding) -> Cell:
@@ -99,8 +100,9 @@ def difference(arm: Finding, scale: float) -> Cell:
     if arm.against is None or not found.note:
         return found
     low, mean, high = (50 + 50 * end / scale for end in (arm.against.low, arm.against.mean, arm.against.high))
-    p = f"{p_value(arm.p)} (Holm)" if arm.p is not None else ""
-    found = replace(found, mark=arm.verdict or "tie", forest=(low, mean, high), p=p)
+    p = p_value(arm.p) if arm.p is not None else ""
+    alone = f"by itself, this comparison's interval is {span(arm.alone, points)}" if arm.alone is not None else ""
+    found = replace(found, mark=arm.verdict or "tie", forest=(low, mean, high), aside=p, title=alone)
     return items_only(found, not arm.verdict)
 
 
@@ -112,7 +114,13 @@ def verdict(arm: Finding) -> Cell:
     beyond = f"the {arm.edge} rate of the grid was chosen: a better one may lie beyond" if arm.edge else ""
     title = "; ".join(filter(None, ["" if arm.verdict else UNCOMPARED, beyond]))
     word = VERDICTS[arm.verdict]
-    return Cell(word, list(VERDICTS).index(arm.verdict), note, title, f"verdict {arm.verdict or 'open'}")
+    mark = f"verdict {arm.verdict or 'open'}"
+    return Cell(word, list(VERDICTS).index(arm.verdict), note, title, mark, aside=could_see(arm))
+
+
+def could_see(arm: Finding) -> str:
+    """What difference a tie would have shown; "" of other verdicts."""
+    return numerals.seen(arm.seen) if arm.verdict == "tie" else ""
 
 
 def gist(arm: Finding) -> list[tuple[str, str]]:

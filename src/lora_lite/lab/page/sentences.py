@@ -2,8 +2,7 @@
 
 from collections import Counter
 
-from lora_lite.lab.findings import Finding, Findings
-from lora_lite.lab.numerals import p_value, points, span
+from lora_lite.lab.findings import Findings
 
 MANY = 1 / 3  # this share of arms at the edge of their grids puts the comparison in doubt
 
@@ -28,7 +27,7 @@ def counted(findings: Findings) -> str:
         "better": "better",
         "worse": "worse",
         "tie": "not separated from it",
-        "": "not comparable yet, which needs two seeds in common",
+        "": "not comparable yet, which needs two seeds of both",
     }
     verdicts = Counter(arm.verdict for arm in others)
     edges = Counter(arm.verdict for arm in others if arm.edge)
@@ -37,7 +36,13 @@ def counted(findings: Findings) -> str:
         for verdict in words
         if (count := verdicts[verdict])
     ]
-    return f"Against {findings.baseline}, of {len(others)} other arm{'s' * (len(others) > 1)}: {', '.join(parts)}."
+    hidden = [100 * arm.seen for arm in others if arm.verdict == "tie" and arm.seen is not None]
+    saw = ""
+    if hidden:
+        low, high = (f"{end:.1f}" for end in (min(hidden), max(hidden)))
+        ends = low if low == high else f"{low} to {high} (by arm)"
+        saw = f" A tie would have been a verdict, 80 times of 100, from {ends} points on."
+    return f"Against {findings.baseline}, of {len(others)} other arm{'s' * (len(others) > 1)}: {', '.join(parts)}.{saw}"
 
 
 def edges(findings: Findings) -> str:
@@ -67,17 +72,3 @@ def covered(findings: Findings) -> str:
     if len(single) == len(known):
         return f"For accuracy it covers {items}, for each arm has one seed."
     return f"For accuracy it covers seeds and test items; for arms with one seed ({', '.join(single)}), {items}."
-
-
-def surprising(findings: Findings) -> str:
-    """The tie whose interval misses zero by most, as an example; "" without any."""
-
-    def missed(arm: Finding) -> float:
-        return max(arm.against.low, -arm.against.high) if arm.against is not None else 0.0
-
-    ties = [arm for arm in findings.arms if arm.verdict == "tie" and arm.p is not None and missed(arm) > 0]
-    if not ties:
-        return ""
-    arm = max(ties, key=missed)
-    assert arm.against is not None and arm.p is not None
-    return f", as that of {arm.arm} does here ({span(arm.against, points)}, {p_value(arm.p)})"

@@ -36,9 +36,12 @@ def outcome(findings: Findings) -> list[Column]:
     scale = cells.widest(findings)
 
     against = (
-        f"paired difference on the same items and seeds, in percentage points{RANGE}, and p, which allows for all arms"
+        "difference on the same items, in percentage points; below, the 95% interval that holds for all arms together, "
+        "and p, adjusted likewise"
     )
-    decided = "better or worse if zero is surely out, the number of arms allowed for; else a tie"
+    decided = (
+        "better or worse if the interval leaves out zero; else a tie, with the points that this study would have seen"
+    )
 
     def result(
         label: str, tip: str, cell: Callable[[Finding], Cell], lower: bool = False, words: bool = False
