@@ -1,6 +1,7 @@
 """A study: what to compare, on what, how often. Declared as data; the library's own are files in `studies/`."""
 
 import dataclasses
+import json
 import math
 import types
 from collections.abc import Iterable, Mapping
@@ -153,7 +154,8 @@ class Study:
         """An arm's methods with all their settings, the seed of their initial values among them."""
         if arm.name in self.arms_as_run:
             return [{**values, "seed": seed} for values in self.arms_as_run[arm.name]["methods"]]
-        return [{"variant": variant_of(cfg).name, **cfg.to_dict()} for cfg in arm.with_seed(seed)]
+        found = [{"variant": variant_of(cfg).name, **cfg.to_dict()} for cfg in arm.with_seed(seed)]
+        return json.loads(json.dumps(found))  # as a file gives it: lists, no tuples
 
     def as_run(self) -> "Study":
         """The study with the settings and rates of its arms written out."""
