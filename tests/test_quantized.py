@@ -186,7 +186,7 @@ def test_merges_into_plain_layers_and_back(method: str, kind: str, dtype: torch.
         merged = model.get_submodule(path)
         assert type(merged) is nn.Linear and merged.weight.dtype == dtype
         assert (merged.bias is not None) == bias
-        assert not any(p.requires_grad for p in merged.parameters())
+        assert not any(p.requires_grad for p in merged.parameters(recurse=False))
         assert torch.equal(merged.weight, promised[f"{path}.weight"])
         assert report[path].rounding <= eps / 2
         assert report[path].error <= (4 / 127 if kind in ROUNDS_INPUTS else 4 * eps)

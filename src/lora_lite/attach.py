@@ -19,7 +19,7 @@ from lora_lite.cost import AttachCost, peak_memory_mb
 from lora_lite.dial import Dial
 from lora_lite.errors import CalibrationError, LoraLiteWarning, StateError, TargetError
 from lora_lite.hooks import hook_layer, hook_root
-from lora_lite.linear import computes_its_weight, execution_device, is_sharded, shape
+from lora_lite.linear import computes_its_weight, dense, execution_device, is_sharded, shape
 from lora_lite.packing import allow_packing, forbid_packing, packing_forbidden
 from lora_lite.patterns import matches, near_misses
 from lora_lite.state import ROOT, Attached, State, find_root, refuse_merged, root_of, trained_also
@@ -207,6 +207,8 @@ def _ask_layer(path: str, layer: nn.Module) -> None:
     dtype = weight.dtype if weight.dtype.is_floating_point and weight.dtype.itemsize > 1 else torch.float32
     x = torch.randn(1, shape(layer)[0], generator=generator(0, path), dtype=torch.float32, device="cpu")
     if not computes_its_weight(layer, x.to(device, dtype)):
+        if not torch.isfinite(dense(layer)).all():
+            raise TargetError(f"{path}: its weight holds NaN or infinite values, so no method that reads it can start")
         raise TargetError(
             f"{path}: this {type(layer).__name__} computes something else than W x + b for the weight that it holds, "
             "so a method that reads W is wrong here; leave it out with exclude_names, or use one that does not (lora)"

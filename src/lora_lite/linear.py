@@ -137,14 +137,15 @@ def computes_its_weight(layer: nn.Module, x: Tensor) -> bool:
     """Whether the bare layer maps x (n, i) to W x + b, to the rounding of its dtype (and of activations, where
     quantised). The layer runs in eval mode, and without its hooks."""
     b, mode = bias(layer), layer.training
+    expected = x.double().cpu() @ dense(layer).double().cpu().T + (0 if b is None else b.double().cpu())
     layer.training = False
     try:
-        found = layer.forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            found = layer.forward(x)
     finally:
         layer.training = mode
     if not isinstance(found, Tensor):
         return False
-    expected = x.double().cpu() @ dense(layer).double().cpu().T + (0 if b is None else b.double().cpu())
     tolerance = 0.03 if x.dtype in (torch.bfloat16, torch.float16) else 1e-3
     tolerance = 0.1 if is_quantized(layer) else tolerance
     error = (found.double().cpu() - expected).norm() if found.shape == expected.shape else torch.inf

@@ -58,7 +58,8 @@ def test_s_space_reads_the_side_that_costs_less(capsys: pytest.CaptureFixture[st
 
 def test_what_is_built_once_a_step_is_counted_apart() -> None:
     plain, rotated = (added_macs(cfg, I, O) for cfg in (ll.AntiPaSTOConfig(), ll.AntiPaSTORotConfig()))
-    assert plain.step == 0 and rotated.token == plain.token + 256 * 256
+    both = added_macs(ll.AntiPaSTORotConfig(rotate_basis="both"), I, O)
+    assert plain.step == 0 and both.step > 0 and both.token == plain.token
     dora = added_macs(ll.DoRAConfig(r=32), I, O)
     assert dora.token == 32 * (I + O) and dora.step > 0
 
@@ -102,8 +103,8 @@ def core(products: Callable[[Any, int], Macs]) -> Callable[[Any, int, int], Macs
 
 
 def rotation(cfg: Any, r: int) -> Macs:
-    """D is applied as one (r, r) matrix. Turning what is written multiplies the blocks of D by those of R^T."""
-    return Macs(r * r, (r // cfg.block_size) * cfg.block_size**3 if cfg.rotate_basis in ("U", "both") else 0)
+    """D is applied entry by entry, as gains are. Turning what is written multiplies its blocks by those of R^T."""
+    return Macs(0, (r // cfg.block_size) * cfg.block_size**3 if cfg.rotate_basis in ("U", "both") else 0)
 
 
 FORMULAS: dict[str, Callable[[Any, int, int], Macs]] = {

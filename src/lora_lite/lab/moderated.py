@@ -25,7 +25,7 @@ def log_density(variances: np.ndarray, freedom: np.ndarray, d0: np.ndarray, log_
     half, prior = freedom / 2, d0 / 2
     norm = half * np.log(freedom / d0) - special.betaln(half, prior)
     each = norm + half * np.log(ratio) - (half + prior) * np.log1p(freedom * ratio / d0)
-    return each.sum(axis=-1)
+    return np.asarray(each.sum(axis=-1))
 
 
 def moderated(variances: np.ndarray, freedom: np.ndarray, d0: np.ndarray, scale: np.ndarray) -> np.ndarray:
