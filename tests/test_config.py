@@ -125,7 +125,7 @@ OWN: dict[str, tuple[st.SearchStrategy[Any], str]] = {
     "max_rotation_angle": (st.floats(max_value=0) | st.floats(min_value=math.pi) | not_numbers, "radians in"),
     "rotate_basis": (st.text() | st.none(), "one of \\('V', 'U', 'both', 'none'\\)"),
     "tokens": (st.text() | st.none(), "one of \\('last', 'mean'\\)"),
-    "gate": (st.text() | st.none(), "one of \\('signed', 'absolute'\\)"),
+    "gate": (st.text() | st.none(), "one of \\('absolute', 'signed'\\)"),
     "unit": (st.text() | not_finite | st.booleans(), "a finite number, or None"),
 }
 # A basis is refused by itself (test_basis.py), in words of its own.

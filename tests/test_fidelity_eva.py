@@ -282,7 +282,7 @@ def test_a_failure_midway_leaves_the_model_as_it_was() -> None:
 
 
 def test_data_that_nothing_needs_is_noted() -> None:
-    with pytest.warns(ll.LoraLiteWarning, match="no method here needs it"):
+    with pytest.warns(ll.LoraLiteWarning, match="nothing here uses it"):
         ll.attach(TwoLayers(), ll.LoRAConfig(r=2, **COMMON), [spread_data()])
 
 

@@ -272,7 +272,7 @@ def _build(cfg: AdapterConfig, path: str, layer: nn.Module, stats: Statistics | 
             adapter = variant_of(cfg)(cfg, *shape(layer))  # type: ignore[call-arg]
             adapter.init(layer, stats, generator(cfg.seed, path))
             adapter.to(execution_device(layer))
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise TargetError(f"{path}: its weight cannot be factorised; does it hold NaN or infinite values?") from error
     except CalibrationError as error:
         raise CalibrationError(f"{path}: {error}") from error
@@ -285,7 +285,8 @@ def _build(cfg: AdapterConfig, path: str, layer: nn.Module, stats: Statistics | 
                 undo.write(data, before)
     if written:
         raise TargetError(f"{path}: {method.__name__}.init wrote the base's {written[0]}; it may only read the layer")
-    if bad := [key for key, value in adapter.state_dict().items() if not torch.isfinite(value).all()]:
+    values = {key: value for key, value in adapter.state_dict().items() if not value.is_meta}
+    if bad := [key for key, value in values.items() if not torch.isfinite(value).all()]:
         raise TargetError(
             f"{path}: {adapter.name} got values of {bad[0]} that are not finite ({adapter.cfg.dtype}); look for NaN or "
             "infinite values in this layer's weight"

@@ -28,7 +28,7 @@ MASKS = ("attention_mask", "decoder_attention_mask")
 def _prepared(path: str, layer: nn.Module, prepare: Callable[[nn.Module], Any]) -> Any:
     try:
         return prepare(layer)
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise TargetError(f"{path}: its weight cannot be factorised; does it hold NaN or infinite values?") from error
 
 

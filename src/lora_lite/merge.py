@@ -288,7 +288,7 @@ def _write(root: nn.Module, layer: nn.Module, fold: _Fold, tied: set[int], undo:
 def _replace(root: nn.Module, layer: nn.Module, fold: _Fold) -> None:
     """Put a plain layer in the place of a quantised one, with its adapters and hooks (other tools' among them)."""
     i, o = shape(layer)
-    plain = nn.Linear(i, o, fold.b is not None, device=layer.weight.device, dtype=fold.W.dtype)  # type: ignore[arg-type]
+    plain = nn.Linear(i, o, fold.b is not None, device=layer.weight.device, dtype=fold.W.dtype)
     plain.weight.copy_(fold.W)
     if fold.b is not None:
         plain.bias.copy_(fold.b)

@@ -34,7 +34,7 @@ def unpacked(layer: nn.Module) -> tuple[Tensor, Any]:
     Packing rounds the scale of each block to bf16 and forgets the second quantisation of the scales, so of a packed
     weight these are the very values that its kernel reads.
     """
-    data, state = layer.weight.data, quant_state(layer)  # type: ignore[union-attr]
+    data, state = layer.weight.data, quant_state(layer)
     if not is_packed(layer):
         return data, state  # type: ignore[return-value]
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse

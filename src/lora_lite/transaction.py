@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import _len_torch_function_stack, _pop_mode
+from torch._C import _len_torch_function_stack
+from torch.overrides import _pop_mode
 
 from lora_lite.state import ROOT
 

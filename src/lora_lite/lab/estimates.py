@@ -111,7 +111,7 @@ class Errors:
         typical = np.quantile(np.abs(errors), 2 * POWER - 1, axis=0)  # errors are symmetric
         found = {}
         for at, pair in enumerate(pairs):
-            ends = (self.z[one[at]], self.z[other[at]])
+            ends = (float(self.z[one[at]]), float(self.z[other[at]]))
             tail = count - int(np.searchsorted(largest, abs(ends[0] - ends[1]) / reach[at]))
             found[pair] = Comparison(
                 joint=between(*ends, factor * reach[at]),

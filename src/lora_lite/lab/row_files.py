@@ -9,9 +9,9 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
 from lora_lite.errors import LoraLiteError
 
@@ -99,20 +99,20 @@ def _damaged(path: Path, line: int, why: str, error: Exception | None = None) ->
     ) from (error)
 
 
-def _lines(path: Path, file: IO[str]) -> Iterator[tuple[int, Row]]:
+def _lines(path: Path, file: Iterable[str]) -> Iterator[tuple[int, Row]]:
     for line, text in enumerate(file, 1):
         if text.strip():
             yield line, _object(path, line, _decode(path, line, text.strip()))
 
 
-def _objects(path: Path, file: IO[str]) -> Iterator[tuple[int, Row]]:
+def _objects(path: Path, file: Iterable[str]) -> Iterator[tuple[int, Row]]:
     """The rows of a .json file: an array of objects, or an object a line as in .jsonl."""
-    text = file.read()
+    text = "".join(file)
     if text.lstrip()[:1] != "[":
         try:
             _DECODER.decode(text.strip())
         except json.JSONDecodeError:
-            return _lines(path, iter(text.split("\n")))  # pyright: ignore[reportArgumentType]
+            return _lines(path, iter(text.split("\n")))
         return iter([(1, _object(path, 1, _decode(path, 1, text.strip())))])
     return ((n, _object(path, n, row)) for n, row in enumerate(_decode(path, 1, text), 1))
 
@@ -123,7 +123,7 @@ def _object(path: Path, line: int, row: Any) -> Row:
     return row
 
 
-def _cells(path: Path, file: IO[str], mark: str) -> Iterator[tuple[int, Row]]:
+def _cells(path: Path, file: Iterable[str], mark: str) -> Iterator[tuple[int, Row]]:
     reader = csv.reader(file, delimiter=mark, strict=True)
     head: list[str] = []
     try:
