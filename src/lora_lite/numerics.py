@@ -45,7 +45,8 @@ def read(
     two, at least |A_j| sqrt(i) / 2, so that |h| stays below twice the rms of x, and h is multiplied by it in fp32.
     """
     if not _in_half(x):
-        return F.linear(x, cast(A, x), None if offset is None else cast(offset, x))
+        # Not by `linear` where A is trained: autocast would remember its cast of a parameter that may change.
+        return x @ cast(A, x).T if offset is None else F.linear(x, cast(A, x), cast(offset, x))
     with torch.no_grad():
         unit = _power_of_two(wide(A).norm(dim=1) * A.shape[1] ** 0.5)
     h = wide(x @ cast(wide(A) / unit.unsqueeze(1), x).T) * unit
