@@ -11,7 +11,7 @@ from torch import nn
 import lora_lite as ll
 from helpers import anatomy, bits, perturb, same_bits, tiny_llama, token_ids
 from lora_lite.attachment import Attachment
-from lora_lite.checkpoint import SKETCH_COSINE, sketch
+from lora_lite.base_check import SKETCH_COSINE, sketch
 
 CONFIG = ll.LoRAConfig(r=2)
 

@@ -60,3 +60,41 @@ def test_inductor() -> None:
     """Its fused kernels add in another order."""
     parts = ",".join(("steps", *REST))
     assert len(compiled("inductor", "layer", f"{parts}@lora", tolerance=1e-5)) == 1 + len(REST)
+
+
+DISABLED = """
+import pytest, torch
+import lora_lite as ll
+
+class Headed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = torch.nn.Linear(8, 8), torch.nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.body(x).relu())
+
+model, x = Headed(), torch.randn(2, 8)
+base = model(x)
+ll.attach(model, ll.LoRAConfig(r=2, target_names=("body",)), train_also=("head",))
+with torch.no_grad():
+    model.head.weight.add_(1.0)
+for fullgraph in (True, False):
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=fullgraph)
+    y = compiled(x)
+    with ll.scale(model, 0):
+        assert torch.equal(compiled(x), y)
+    with ll.disabled(model):
+        assert torch.equal(model(x), base)
+        with pytest.raises(Exception, match="disabled: a compiled model reads the weights that 'default' trains"):
+            compiled(x)
+    assert torch.equal(compiled(x), y)
+model.head.compile(backend="eager")
+with pytest.raises(ll.StateError, match="head is compiled and trained as well"):
+    ll.disabled(model)
+"""
+
+
+def test_compiled_code_is_refused_where_it_would_be_the_base_with_trained_weights() -> None:
+    subprocess.run([sys.executable, "-W", "ignore", "-c", DISABLED], cwd=FOLDER, check=True, timeout=300)

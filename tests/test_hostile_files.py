@@ -63,7 +63,7 @@ def test_tensors_that_do_not_fit(name: str, good: bytes, tmp_path: Path) -> None
 
 LORA = {"variant": "lora", "config": CONFIG.to_dict()}
 HEADERS: dict[str, tuple[tuple[Any, ...], Any, str]] = {
-    "format": (("format",), 2, "has format 2, this version reads 1; update lora-lite"),
+    "format": (("format",), 3, "has format 3, this version reads 2; use the version that wrote it"),
     "unknown variant": (("configs", 0, "variant"), "lorra", "unknown method .*'lorra'; methods here: .*lora"),
     "variant of no kind": (("configs", 0, "variant"), ["lora"], "metadata is not valid"),
     "another variant": (("configs", 0, "variant"), "ia3", "metadata is not valid: IA3Config"),
@@ -97,6 +97,12 @@ HEADERS: dict[str, tuple[tuple[Any, ...], Any, str]] = {
     "float": (("targets", "first", "shape"), [6.0, 5], r"shape \[6\.0, 5\]"),
     "huge shape": (("targets", "first", "shape"), [10**30, 5], "first: "),
     "train_also": (("train_also",), 5, "metadata is not valid"),
+    "buffers": (("buffers",), 5, "metadata is not valid"),
+    "a buffer": (("buffers",), ["norm.mean"], r"misses 1 tensors, such as buffer\.norm\.mean"),
+    "base": (("base",), [1], "metadata is not valid"),
+    "no base": (("base",), {}, "has 1 tensors that nothing asks for, such as base"),
+    "base shape": (("base",), {"norm.bias": [-4]}, r"norm\.bias has shape \(-4,\)"),
+    "base size": (("base",), {"norm.bias": [10**30]}, r"base is F32 \[13\], expected torch.float32 \[32\]"),
     "a string": (("train_also",), "abc", "misses 3 tensors"),
     "another": (("train_also",), ["norm.bias"], r"misses 1 tensors, such as also\.norm\.bias"),
     "a key more": (("pickle",), "cos\nsystem", "must have just the keys"),
@@ -114,7 +120,9 @@ def test_metadata_that_do_not_fit(name: str, good: bytes, tmp_path: Path) -> Non
     refused(forged(header, tensors), tmp_path, words)
 
 
-@pytest.mark.parametrize("key", ["format", "version", "name", "configs", "targets", "train_also", "checksum"])
+@pytest.mark.parametrize(
+    "key", ["format", "version", "name", "configs", "targets", "train_also", "buffers", "base", "checksum"]
+)
 def test_metadata_without(key: str, good: bytes, tmp_path: Path) -> None:
     header, tensors = parts(good)
     del header[key]
@@ -214,7 +222,7 @@ def test_a_sparse_giant_is_refused_unread(tmp_path: Path) -> None:
     header, _ = parts(ll.save(live_net(), tmp_path / "a").read_bytes())
     header["configs"][0]["config"]["r"] = r = 2**25
     shapes = {"first.lora.A": [r, 6], "first.lora.B": [5, r], "second.lora.A": [r, 5], "second.lora.B": [4, r]}
-    shapes |= {"first.sketch": [5], "second.sketch": [4], "also.norm.weight": [4]}
+    shapes |= {"first.sketch": [5], "second.sketch": [4], "also.norm.weight": [4], "base": [13]}
     entries, end = {}, 0
     for key, dims in shapes.items():
         size = 4 * dims[0] * (dims[1] if len(dims) > 1 else 1)
@@ -225,6 +233,6 @@ def test_a_sparse_giant_is_refused_unread(tmp_path: Path) -> None:
         handle.write(len(text).to_bytes(8, "little") + text)
         handle.truncate(8 + len(text) + end)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ll.CheckpointError, match=r"holds 671,088,653 values, more than any adapter of this model"):
+    with pytest.raises(ll.CheckpointError, match=r"holds 671,088,666 values, more than any adapter of this model"):
         ll.load(Net(), tmp_path / "giant")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # KiB

@@ -1,5 +1,6 @@
 """The coefficient: its errors, when it takes effect, and one value per batch row, through `generate` too."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_lite as ll
-from helpers import METHODS, attached, relative, tiny_llama, token_ids
+from helpers import METHODS, OneLayer, attached, relative, tiny_llama, token_ids
 
 IDS = token_ids()
 
@@ -219,6 +220,42 @@ def test_images_of_several_rows() -> None:
     attached(model, "lora", name="tower", target_names=("tower",))
     with ll.scale(model, c), pytest.raises(ll.CoefficientError, match=r"input of shape \(4, 3, 8\), whose rows"):
         model(pixels=pixels, inputs_embeds=text, images=[3, 1])
+
+
+def test_replicas_of_data_parallel_are_refused_within_a_block() -> None:
+    """They run in threads that no block reaches; what a bare `scale` sets reaches them."""
+    model = OneLayer(8, 8).float()
+    attached(model, "lora", [torch.randn(4, 8)], size=0.2)
+    x, replica = torch.randn(4, 8), model._replicate_for_data_parallel()  # type: ignore[operator]
+    replica.layer = model.layer
+    with (
+        ll.scale(model, 0.5),
+        ThreadPoolExecutor() as pool,
+        pytest.raises(ll.StateError, match=r"nn\.DataParallel runs"),
+    ):
+        pool.submit(replica, x).result()
+    ll.scale(model, 0.5)
+    with ThreadPoolExecutor() as pool:
+        assert torch.equal(pool.submit(replica, x).result(), model(x))
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3_ff", "hra", "dora"])
+def test_torchs_encoder_has_gradients_in_eval_mode(method: str) -> None:
+    """There the frozen base would hand its second layer nested tensors, which attention takes without gradients only."""
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    x, padding = torch.randn(3, 5, 16), torch.arange(5) >= torch.tensor([[5], [3], [4]])
+    adapters = attached(model, method, [x], target_names=("linear1", "linear2"), size=0.2).targets
+    trained = [p for adapter in adapters.values() for p in adapter.parameters()]
+    y = model(x, src_key_padding_mask=padding)[~padding]
+    found = torch.autograd.grad(y.square().sum(), trained)
+    model.use_nested_tensor = False
+    expected = torch.autograd.grad(model(x, src_key_padding_mask=padding)[~padding].square().sum(), trained)
+    for grad, other in zip(found, expected, strict=True):
+        assert relative(grad, other) < 1e-5
+    model.use_nested_tensor = True
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, src_key_padding_mask=padding)[~padding], y, atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["lora", "ia3_ff", "hra", "dora"])

@@ -13,14 +13,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lora_lite.adapter import Adapter, variant_of, variants
+from lora_lite.base_check import SAMPLES, SKETCH_ROWS, Samples
 from lora_lite.config import AdapterConfig, is_int
 from lora_lite.errors import CheckpointError
 from lora_lite.patterns import LONGEST, is_plain
 from lora_lite.rebuild import PROBES
 
-FORMAT = 1
+FORMAT = 2
 METADATA_KEY = "lora_lite"
-SKETCH_ROWS = 64
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -32,8 +32,17 @@ class File:
     configs: list[AdapterConfig]
     targets: dict[str, tuple[int, AdapterConfig, tuple[int, int]]]
     also: list[str]
+    buffers: list[str]
+    sampled: dict[str, tuple[int, ...]]
     basis: bool
     tensors: dict[str, Tensor]
+
+    @property
+    def base(self) -> tuple[dict[str, Tensor], Samples]:
+        """What the file remembers of its base: sketches by path of the layer, samples by name of the parameter."""
+        parts = self.tensors["base"].split(_counts(self.sampled)) if self.sampled else ()
+        samples = {key: (part, dims) for (key, dims), part in zip(self.sampled.items(), parts, strict=True)}
+        return {path: self.tensors[f"{path}.sketch"] for path in self.targets}, samples
 
     def error(self, message: str) -> CheckpointError:
         return CheckpointError(f"{self.where}: {message}")
@@ -46,20 +55,32 @@ class Room:
     Attributes:
         layers: (i, o) of each linear layer.
         parameters: number of values of each parameter.
+        buffers: number of buffers that training may move.
     """
 
     layers: list[tuple[int, int]]
     parameters: list[int]
+    buffers: int
 
     @property
     def header_bytes(self) -> int:
         """Of the names, shapes and settings of tensors."""
-        return 2**20 + 2**11 * (len(self.layers) + len(self.parameters))
+        return 2**20 + 2**11 * (len(self.layers) + len(self.parameters) + self.buffers)
 
     @property
     def values(self) -> int:
         """Of all tensors: adapters of four times the full rank everywhere, and every parameter trained as well."""
         return 2**24 + sum(self.parameters) + sum(4 * (i + o) * min(i, o) for i, o in self.layers)
+
+    def check(self, where: Path, data: bytes, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Refuse to write a file that `read` would refuse for its size."""
+        _check_counts(where, header, self)
+        size = int.from_bytes(data[:8], "little")
+        if size > self.header_bytes or sum(tensor.numel() for tensor in tensors.values()) > self.values:
+            raise CheckpointError(
+                f"{where}: was not written, for `load` would refuse it: {size:,} bytes of metadata, or its values, are "
+                "more than any adapter of this model can need (custom configs with long names?)"
+            )
 
 
 def read(where: Path, room: Room) -> File:
@@ -102,20 +123,22 @@ def _header(where: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
         header = json.loads((metadata or {})[METADATA_KEY])
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where}: its metadata is no JSON ({error}); copy the file again") from error
-    expected = {"format", "version", "name", "configs", "targets", "train_also", "basis", "checksum"}
+    if isinstance(header, dict) and header.get("format", FORMAT) != FORMAT:
+        raise CheckpointError(
+            f"{where}: has format {header['format']!r}, this version reads {FORMAT}; use the version that wrote it"
+        )
+    expected = {"format", "version", "name", "configs", "targets", "train_also", "buffers", "base", "basis", "checksum"}
     if not isinstance(header, dict) or set(header) != expected:
         raise CheckpointError(f"{where}: its metadata must have just the keys {sorted(expected)}; copy the file again")
-    if header["format"] != FORMAT:
-        raise CheckpointError(
-            f"{where}: has format {header['format']!r}, this version reads {FORMAT}; update lora-lite"
-        )
     return header
 
 
 def _check_counts(where: Path, header: Mapping[str, Any], room: Room) -> None:
     layers = 100 + 2 * len(room.layers)
-    for key, most in (("targets", layers), ("configs", layers), ("train_also", 100 + 2 * len(room.parameters))):
-        if isinstance(header[key], list | dict) and len(header[key]) > most:
+    parameters, buffers = 100 + 2 * len(room.parameters), 100 + 2 * room.buffers
+    most = {"targets": layers, "configs": layers, "train_also": parameters, "base": parameters, "buffers": buffers}
+    for key, limit in most.items():
+        if isinstance(header[key], list | dict) and len(header[key]) > limit:
             raise CheckpointError(
                 f"{where}: lists {len(header[key]):,} {key}, but the model has {len(room.layers)} linear layers and "
                 f"{len(room.parameters)} parameters; the file fits another architecture"
@@ -146,7 +169,10 @@ def _parse(where: Path, header: dict[str, Any]) -> File:
             shared = configs[index]
             own = type(shared).from_dict({**shared.to_dict(), **entry["changes"]}) if entry["changes"] else shared
             targets[str(path)] = (index, own, (i, o))
-        also = [str(key) for key in header["train_also"]]
+        also, buffers = ([str(key) for key in header[field]] for field in ("train_also", "buffers"))
+        sampled = {str(key): tuple(dims) for key, dims in header["base"].items()}
+        if bad := [key for key, dims in sampled.items() if not all(is_int(size, 1) for size in dims)]:
+            raise ValueError(f"{bad[0]} has shape {sampled[bad[0]]!r}")
         basis = bool(header["basis"])
     except KeyError as error:
         raise CheckpointError(
@@ -154,14 +180,21 @@ def _parse(where: Path, header: dict[str, Any]) -> File:
         ) from error
     except (TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise CheckpointError(f"{where}: its metadata is not valid: {error}") from error
-    return File(where, configs, targets, also, basis, {})
+    return File(where, configs, targets, also, buffers, sampled, basis, {})
+
+
+def _counts(sampled: Mapping[str, tuple[int, ...]]) -> list[int]:
+    """How many values of each parameter a file holds."""
+    return [min(SAMPLES, math.prod(dims)) for dims in sampled.values()]
 
 
 def _check_shapes(file: File, slices: Mapping[str, Any]) -> None:
     """Compare names, shapes and dtypes with what the configs ask for, before any tensor is read."""
     expected: dict[str, tuple[list[int] | None, torch.dtype | None]] = {
-        f"also.{key}": (None, None) for key in file.also
+        f"{kind}.{key}": (None, None) for kind, keys in (("also", file.also), ("buffer", file.buffers)) for key in keys
     }
+    if file.sampled:
+        expected["base"] = ([sum(_counts(file.sampled))], torch.float32)
     for path, (_, cfg, (i, o)) in file.targets.items():
         expected[f"{path}.sketch"] = ([min(o, SKETCH_ROWS)], torch.float32)
         adapter = empty_adapter(file, path, cfg, i, o)

@@ -13,15 +13,16 @@ from tqdm import tqdm
 from lora_lite.adapter import Adapter, adapters_on, derive, full_precision, variant_of
 from lora_lite.attachment import Attachment, attachment, is_adapters_key
 from lora_lite.buffers import moved_buffers, moving_buffers, same_bits
-from lora_lite.calibration import broadcast, calibrate
+from lora_lite.calibration import calibrate
 from lora_lite.config import AdapterConfig
 from lora_lite.cost import AttachCost, peak_memory_mb
 from lora_lite.dial import Dial
 from lora_lite.errors import CalibrationError, LoraLiteWarning, StateError, TargetError
 from lora_lite.hooks import hook_layer, hook_root
-from lora_lite.linear import computes_its_weight, dense, execution_device, is_sharded, shape
+from lora_lite.linear import computes_its_weight, dense, execution_device, is_read_uncalled, is_sharded, shape
 from lora_lite.packing import allow_packing, forbid_packing, packing_forbidden
 from lora_lite.patterns import matches, near_misses
+from lora_lite.processes import broadcast, meet
 from lora_lite.state import ROOT, Attached, State, find_root, refuse_merged, root_of, trained_also
 from lora_lite.stats import Statistics, generator
 from lora_lite.targets import left_out, left_out_words, select, selection, uncovered
@@ -54,12 +55,14 @@ def attach(
         The `Attachment`.
     Raises:
         TargetError: no target, or one that cannot carry an adapter.
-        StateError: the name is taken or not allowed, or the model is merged, wrapped, sharded or under inference mode.
+        StateError: the name is taken or not allowed; the model is merged, wrapped, sharded or under inference mode; or
+            another process of `torch.distributed` does not attach the same within five minutes.
         CalibrationError: calibration data that is missing, empty or too short.
         ValueError: a config that does not fit a layer's shape. After any error the model is as it was.
     """
     configs = [cfg] if isinstance(cfg, AdapterConfig) else list(cfg)
     refuse_unready(model, name)
+    meet(name, configs)
     with Transaction(model) as undo:
         return _attach(model, configs, calibration_data, name, train_also, undo)
 
@@ -184,7 +187,7 @@ def check_layer(path: str, layer: nn.Module, taken: Mapping[int, tuple[str, str]
             f"{path}: its weight is on the meta device (offloaded, or never loaded); keep targets in memory, or leave "
             "this layer out with layers or exclude_names"
         )
-    if any(cls.__name__ == "NonDynamicallyQuantizableLinear" for cls in type(layer).__mro__):
+    if is_read_uncalled(layer):
         raise TargetError(
             f"{path}: nn.MultiheadAttention reads its weight without calling it, so an adapter on it would never act; "
             "leave it out with exclude_names"

@@ -6,11 +6,10 @@ up) share the sums of it.
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -19,6 +18,7 @@ from lora_lite.contrast import Contrast
 from lora_lite.errors import CalibrationError, LoraLiteWarning, TargetError
 from lora_lite.frozen_basis import KINDS, Basis
 from lora_lite.linear import bias, shape
+from lora_lite.processes import add_up
 from lora_lite.state import batch_shape, tensors_in
 from lora_lite.stats import STATISTICS, SUMS, Statistics, Sums
 
@@ -270,24 +270,7 @@ def _check_values(collector: Collector, result: Mapping[str, Statistics]) -> Non
 
 
 def _all_reduce(several: Iterable[Sums]) -> None:
-    if not (dist.is_available() and dist.is_initialized()):
-        return
     for sums in several:
-        for part, value in sums.values.items():
-            count = torch.tensor(sums.counts[part], device=value.device)
-            dist.all_reduce(count)
-            dist.all_reduce(value)
-            sums.counts[part] = int(count)
-
-
-def broadcast(adapters: Mapping[str, nn.Module]) -> None:
-    """Give every process the tensors of rank 0, since factorisations may differ in sign or order between machines."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return
-    for adapter in adapters.values():
-        for value in _stored(adapter):
-            dist.broadcast(value.detach(), src=0)
-
-
-def _stored(adapter: nn.Module) -> Iterator[Tensor]:
-    return itertools.chain(adapter.parameters(), adapter.buffers())
+        counts = {part: torch.tensor(sums.counts[part], device=value.device) for part, value in sums.values.items()}
+        add_up([*counts.values(), *sums.values.values()])
+        sums.counts.update({part: int(count) for part, count in counts.items()})

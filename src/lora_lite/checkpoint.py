@@ -14,32 +14,21 @@ from torch import Tensor, nn
 
 from lora_lite import rebuild
 from lora_lite.adapter import Adapter, derive, full_precision, variant_of
-from lora_lite.adapter_file import (
-    FORMAT,
-    METADATA_KEY,
-    SKETCH_ROWS,
-    File,
-    Room,
-    checksum,
-    empty_adapter,
-    read,
-)
+from lora_lite.adapter_file import FORMAT, METADATA_KEY, File, Room, checksum, empty_adapter, read
 from lora_lite.atomic import expanded, file_status, write_atomically
 from lora_lite.attach import check_layer, commit, find_train_also, refuse_unready, taken_parameters
-from lora_lite.attachment import Attachment, attachment
+from lora_lite.attachment import Attachment, attachment, is_adapters_key
+from lora_lite.base_check import refuse_another_base, samples, sketch
+from lora_lite.buffers import moved_buffers, moving_buffers, same_bits
 from lora_lite.errors import BaseMismatchError, CheckpointError, NotAFileError, StateError, TargetError
 from lora_lite.linear import dense, execution_device, is_linear, shape
-from lora_lite.state import adapters_of, find_root, refuse_merged, root_of, trained_also
-from lora_lite.stats import generator
+from lora_lite.state import State, adapters_of, find_root, refuse_merged, root_of, trained_also
 from lora_lite.transaction import Transaction
-
-# On SmolLM2, worst of 210 layers: bf16 1.000, int8 1.000, nf4 0.990, fp4 0.981, changed by 10% 0.990, by 30% 0.916;
-# weights of other models at most 0.45 (docs/LOG.md).
-SKETCH_COSINE = 0.8
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default", basis: bool = True) -> Path:
-    """Write an adapter to one file: tensors (trained and frozen), `train_also` weights, configs, a sketch of the base.
+    """Write an adapter to one file: tensors (trained and frozen), `train_also` weights, running averages that training
+    moved (of batch norms), configs, a sketch of the base.
 
     The file appears whole or not at all; an existing one is replaced and keeps its mode. Missing folders are made.
 
@@ -53,8 +42,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
     Returns:
         The path.
     Raises:
-        StateError: no such adapter, a target that was replaced since attach, or merged.
-        CheckpointError: a tensor that is not finite, a path that is a folder, a device or a pipe, or `basis=False` for
+        StateError: no such adapter, a target that was replaced since attach, or merged; or a parameter that requires a
+            gradient and belongs to no adapter, so that what it learns would be lost.
+        CheckpointError: a tensor that is not finite, more than `load` would read, a path that is a folder, a device or a pipe, or `basis=False` for
             a basis that the weights do not tell.
     """
     root, state = root_of(model, name)
@@ -66,7 +56,33 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
         file_status(where)
     except NotAFileError as error:
         raise CheckpointError(f"save: {error}") from error
-    attached, adapters = state.adapters[name], adapters_of(root, name)
+    _refuse_lost(root, state)
+    header, tensors = _contents(root, state, name, basis)
+    if bad := [key for key, value in tensors.items() if not torch.isfinite(value).all()]:
+        raise CheckpointError(f"save: {bad[0]} is not finite (of {len(bad)} such tensors); nothing was written")
+    header["checksum"] = checksum(header, tensors)
+    # One metadata key: safetensors does not keep the order of several, and equal adapters should give equal files.
+    data = to_bytes(tensors, {METADATA_KEY: json.dumps(header)})
+    _room(root).check(where, data, header, tensors)
+    write_atomically(where, data)
+    return where
+
+
+def _refuse_lost(root: nn.Module, state: State) -> None:
+    """Refuse to save while the base trains something that no adapter's file would hold."""
+    held = {id(p) for each in state.adapters for p in trained_also(root, each).values()}
+    wanting = {key: p for key, p in root.named_parameters() if p.requires_grad and id(p) not in held}
+    if lost := [key for key in wanting if not is_adapters_key(key, root)]:
+        raise StateError(
+            f"save: {lost[0]} requires a gradient, but belongs to no adapter, so that no file would hold what it learns "
+            f"(of {len(lost)} such parameters). Name it in attach(train_also=...), or freeze it (requires_grad_(False)) "
+            "if it does not train, or you keep it yourself"
+        )
+
+
+def _contents(root: nn.Module, state: State, name: str, basis: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The metadata (without checksum) and the tensors, on the CPU, of an adapter's file."""
+    attached, adapters, also = state.adapters[name], adapters_of(root, name), trained_also(root, name)
     tensors: dict[str, Tensor] = {}
     targets: dict[str, Any] = {}
     for target, adapter in adapters.items():
@@ -76,29 +92,35 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
         targets[target] = {"config": attached.targets[target], "changes": changes, "shape": list(shape(layer))}
         tensors |= {f"{target}.lora.{key}": value for key, value in _stored(adapter, layer, target, basis).items()}
         tensors[f"{target}.sketch"] = sketch(layer, target)
-    tensors |= {f"also.{key}": parameter for key, parameter in trained_also(root, name).items()}
+    base, moved = samples(root, adapters, also), moved_buffers(root, state)
+    tensors |= {f"also.{key}": parameter for key, parameter in also.items()}
+    # Counters too as floats: exact up to 2^53, and no other kind of tensor in a file.
+    tensors |= {f"buffer.{key}": b if b.is_floating_point() else b.double() for key, b in moved.items()}
+    if base:
+        tensors["base"] = torch.cat([values for values, _ in base.values()])
     tensors = {key: value.detach().to("cpu").contiguous().clone() for key, value in tensors.items()}
-    if bad := [key for key, value in tensors.items() if not torch.isfinite(value).all()]:
-        raise CheckpointError(f"save: {bad[0]} is not finite (of {len(bad)} such tensors); nothing was written")
-    configs = [{"variant": variant_of(cfg).name, "config": cfg.to_dict()} for cfg in attached.configs]
     header = {
         "format": FORMAT,
         "version": version("lora-lite"),
         "name": name,
-        "configs": configs,
+        "configs": [{"variant": variant_of(cfg).name, "config": cfg.to_dict()} for cfg in attached.configs],
         "targets": targets,
         "train_also": list(attached.originals),
+        "buffers": list(moved),
+        "base": {key: list(dims) for key, (_, dims) in base.items()},
         "basis": basis,
     }
-    header["checksum"] = checksum(header, tensors)
-    # One metadata key: safetensors does not keep the order of several, and equal adapters should give equal files.
-    write_atomically(where, to_bytes(tensors, {METADATA_KEY: json.dumps(header)}))
-    return where
+    return header, tensors
 
 
 def _stored(adapter: Adapter, layer: nn.Module, path: str, basis: bool) -> dict[str, Tensor]:
-    """What a file holds of an adapter: its state, or for a file without basis what `rebuild` needs instead of it."""
-    tensors = dict(adapter.state_dict())
+    """What a file holds of an adapter: its state, or for a file without basis what `rebuild` needs instead of it.
+
+    In the config's own dtypes, whatever a trainer has cast its parameters to (TRL to bf16, on a quantised base).
+    """
+    with torch.device("meta"):
+        own = type(adapter)(adapter.cfg, *shape(layer)).state_dict()  # type: ignore[call-arg]
+    tensors = {key: value.to(own[key].dtype) for key, value in adapter.state_dict().items()}
     for key in () if basis else adapter.rebuildable:
         U = tensors.pop(key)
         try:
@@ -152,7 +174,8 @@ def _load(root: nn.Module, file: File, name: str, taken: bool, base: str, undo: 
     layers = {target: _layer(modules.get(target), file, target, owned) for target in file.targets}
     built = {target: _build(file, target, layers[target]) for target in file.targets}
     if base == "same":
-        _check_base(file, layers)
+        refuse_another_base(file.where, root, layers, file.also, file.base)
+    buffers = _find_buffers(root, file)
     if taken:
         return _overwrite(root, file, name, built, undo)
     also = _find_also(root, file, layers)
@@ -164,12 +187,32 @@ def _load(root: nn.Module, file: File, name: str, taken: bool, base: str, undo: 
     att = commit(root, file.configs, name, pairs, indices, also)
     for key, parameter in also.items():
         undo.write(parameter, file.tensors[f"also.{key}"])
+    for key, buffer in buffers.items():
+        undo.write(buffer, file.tensors[f"buffer.{key}"])
     return att
 
 
 def _room(root: nn.Module) -> Room:
     layers = [shape(module) for module in root.modules() if is_linear(module)]
-    return Room(layers, [parameter.numel() for parameter in root.parameters()])
+    own = [p.numel() for key, p in root.named_parameters() if not is_adapters_key(key, root)]
+    return Room(layers, own, len(moving_buffers(root)))
+
+
+def _find_buffers(root: nn.Module, file: File) -> dict[str, Tensor]:
+    """The base's running averages that the file holds moved values of."""
+    there, found = moving_buffers(root), find_root(root)
+    moved = moved_buffers(root, found[1]) if found is not None else {}
+    for key in file.buffers:
+        value = file.tensors[f"buffer.{key}"]
+        if key not in there or there[key].shape != value.shape:
+            raise file.error(
+                f"holds {key} {tuple(value.shape)}, which this model has not; it fits another architecture"
+            )
+        if key in moved and not same_bits(moved[key], value.to(moved[key].dtype)):
+            raise StateError(
+                f"{file.where}: holds {key}, which another adapter's training moved to other values here; detach that one"
+            )
+    return {key: there[key] for key in file.buffers}
 
 
 def _find_also(root: nn.Module, file: File, layers: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
@@ -212,6 +255,8 @@ def _overwrite(root: nn.Module, file: File, name: str, built: dict[str, Adapter]
         derive(adapter, root.get_submodule(target))
     for key in file.also:
         undo.write(root.get_parameter(key), file.tensors[f"also.{key}"])
+    for key in file.buffers:
+        undo.write(root.get_buffer(key), file.tensors[f"buffer.{key}"])
     return attachment(root, name)
 
 
@@ -238,27 +283,3 @@ def _build(file: File, path: str, layer: nn.Module) -> Adapter:
             raise BaseMismatchError(f"{file.where}: {path}: {error}") from error
     adapter.load_state_dict(own, assign=True)
     return adapter.to(execution_device(layer))
-
-
-def sketch(layer: nn.Module, path: str) -> Tensor:
-    """W z on up to 64 evenly spaced rows, for one z seeded by the path: what tells base models apart."""
-    i, o = shape(layer)
-    rows = torch.linspace(0, o - 1, min(o, SKETCH_ROWS)).round().long()
-    z = torch.randn(i, generator=generator(0, path), dtype=torch.float32, device="cpu")
-    with full_precision(torch.device("cpu")):
-        return dense(layer)[rows.to(layer.weight.device)].to("cpu", torch.float32) @ z  # type: ignore[union-attr, arg-type]
-
-
-def _check_base(file: File, layers: Mapping[str, nn.Module]) -> None:
-    cosines = {}
-    for path, layer in layers.items():
-        here, there = sketch(layer, path), file.tensors[f"{path}.sketch"]
-        same = torch.equal(here, there)  # also covers weights that are zero
-        cosine = torch.cosine_similarity(here, there, dim=0).nan_to_num(nan=-1.0)  # NaN is below nothing
-        cosines[path] = 1.0 if same else float(cosine)
-    worst = min(cosines, key=lambda path: cosines[path])
-    if not cosines[worst] >= SKETCH_COSINE:
-        raise BaseMismatchError(
-            f"{file.where}: was trained on another base model; worst layer {worst}, cosine {cosines[worst]:.2f} < "
-            f"{SKETCH_COSINE} (load(..., base='any') skips this check)"
-        )

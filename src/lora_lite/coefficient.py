@@ -70,7 +70,8 @@ class scale:
 
 
 class disabled(scale):
-    """The base model, for as long as the context lasts: c = 0, and `train_also` weights as they were at attach.
+    """The base model, for as long as the context lasts: c = 0, and `train_also` weights and the running averages of
+    norms as they were at attach.
 
     (`scale(model, 0)` leaves those as trained.) In every other way it is like `scale`; nothing is written to a weight,
     so that another thread may train meanwhile, and so may a graph made before it run backward within.

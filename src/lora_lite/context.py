@@ -87,6 +87,7 @@ class Coefficients:
     def __init__(self, settings: Settings | None = None, used: bool = False) -> None:
         self._shared: tuple[Settings, tuple[_Lasting, ...]] = (settings or {}, ())  # replaced, never written to
         self._lock = threading.RLock()
+        self.open_blocks = 0  # in all contexts
         self._recomputed: weakref.WeakValueDictionary[int, Call] = weakref.WeakValueDictionary()
         self.used = used
 
@@ -199,7 +200,7 @@ class Coefficients:
             if (each.settled or each.owner() is None) and not each.withdrawn:
                 base = {**base, **each.settings}
         for dial, setting in base.items():
-            dial.shared.value = setting.c
+            dial.shared.value, dial.shared.base = setting.c, setting.base
         self.mirror(base)
 
     # Blocks and calls, which begin and end in this context.
@@ -211,6 +212,7 @@ class Coefficients:
             for each in lasting:
                 each.withdrawn |= each.owner() is owner
             self._shared = (base, tuple(each for each in lasting if not each.withdrawn))
+            self.open_blocks += 1
         self._publish()
         task = graph_task()
         for entry in _STACK.get():
@@ -228,6 +230,8 @@ class Coefficients:
 
     def leave(self, block: Block) -> None:
         """End a block, wherever it lies in the stack; where another context holds it, there too."""
+        with self._lock:
+            self.open_blocks -= 1
         stack = _running()
         block.ended = block not in stack
         _STACK.set(tuple(entry for entry in stack if entry is not block))
@@ -259,7 +263,7 @@ class Coefficients:
         self._recomputed[task] = call
         _TASK.set(task)
         for dial, setting in call.settings.items():
-            dial.local.cell = Cell(setting.c)
+            dial.local.cell = Cell(setting.c, setting.base)
 
     def _end_backward(self, task: int, former: int, dials: tuple[Dial, ...]) -> None:
         self._recomputed.pop(task, None)
@@ -274,7 +278,7 @@ class Coefficients:
         own = {dial: setting for settings in fresh for dial, setting in settings.items()}
         for dial in dials:
             setting = self._open(dial, Block | Call) or own.get(dial)
-            dial.local.cell = dial.shared if setting is None else Cell(setting.c)
+            dial.local.cell = dial.shared if setting is None else Cell(setting.c, setting.base)
 
 
 def _frame_of_the_call() -> int:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 class Cell:
-    """A place for the tensor that compiled code reads."""
+    """A place for what compiled code reads: c, and whether its `train_also` weights are to be the base's."""
 
-    def __init__(self, value: Tensor) -> None:
-        self.value = value
+    def __init__(self, value: Tensor, base: bool = False) -> None:
+        self.value, self.base = value, base
 
 
 class _Local(threading.local):

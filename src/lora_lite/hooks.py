@@ -4,7 +4,8 @@ All are module-level functions that find what they need on the module they are c
 own adapters.
 """
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from lora_lite.adapter import Adapter, Held, acting_on, adapters_on, cast, derive
 from lora_lite.coefficient import in_generate, spread_rows
 from lora_lite.context import NO_TASK, graph_task
-from lora_lite.errors import TargetError
+from lora_lite.dial import Cell, Dial, Setting
+from lora_lite.errors import StateError, TargetError
+from lora_lite.foreign_saves import after_state_dict, guard
 from lora_lite.linear import shape
 from lora_lite.state import ROOT, State, batch_shape, tensors_in
 
@@ -91,13 +94,41 @@ def _input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 
 def before_call(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Note the batch's shape and the coefficients in force."""
-    if torch.compiler.is_compiling():
-        return
     state: State = root.__dict__[ROOT]
+    if torch.compiler.is_compiling():
+        _refuse_compiled_base(state, {attached.dial: attached.dial.local.cell for attached in state.adapters.values()})
+        return
     coefficients = state.coefficients
+    if coefficients.open_blocks and getattr(root, "_is_replica", False):
+        raise StateError(
+            "nn.DataParallel runs copies of the model in threads of its own, which no `with` block reaches; use "
+            "DistributedDataParallel, or set the coefficient by a bare `ll.scale(model, c)`"
+        )
     settings = coefficients.snapshot([attached.dial for attached in state.adapters.values()])
+    if any(setting.base for setting in settings.values()) and _compiled_around():
+        _refuse_compiled_base(state, settings)
     tokens = [kwargs[key] for key in TOKENS if key in kwargs]  # before images, of which a row may have several
     coefficients.begin(settings, *batch_shape(tensors_in([tokens, args, kwargs])), partial(in_generate, root))
+
+
+def _refuse_compiled_base(state: State, settings: Mapping[Dial, Setting | Cell]) -> None:
+    """Compiled code holds the trained weights themselves, so it cannot take the base's in their place."""
+    for name, attached in state.adapters.items():
+        if (attached.originals or state.buffers) and settings[attached.dial].base:
+            raise StateError(
+                f"disabled: a compiled model reads the weights that {name!r} trains as well (train_also), and running "
+                "averages, as they are, so it cannot be the base; call the uncompiled model here"
+            )
+
+
+def _compiled_around() -> bool:
+    """Whether this is a call of a compiled model that torch runs uncompiled (after a graph break)."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch._dynamo.eval_frame":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def after_call(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -116,6 +147,19 @@ def after_call(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
             tensor.register_hook(partial(state.coefficients.begin_backward, call))
 
 
+def before_encoder(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    """Keep gradients out of torch's nested tensors, which its attention takes only where none are wanted.
+
+    The encoder decides by whether its weights want gradients; frozen ones, below trained adapters, mislead it. An input
+    that wants a gradient does not.
+    """
+    src = args[0] if args else kwargs.get("src")
+    if not (torch.is_grad_enabled() and isinstance(src, Tensor) and not src.requires_grad and not encoder.training):
+        return None
+    wanting = src.detach().requires_grad_()
+    return ((wanting, *args[1:]), kwargs) if args else (args, {**kwargs, "src": wanting})
+
+
 def hook_layer(layer: nn.Module) -> None:
     """Put the hooks that the layer's adapters need, once each, and take off those that none needs.
 
@@ -124,21 +168,27 @@ def hook_layer(layer: nn.Module) -> None:
     adapters = adapters_on(layer)
     _set_hook(layer, "forward_pre", before_layer, any(adapter.before is not None for adapter in adapters))
     _set_hook(layer, "forward", after_layer, bool(adapters), prepend=True)
-    _set_load_hook(layer, bool(adapters))
+    loading = layer._load_state_dict_post_hooks
+    _set_plain_hook(loading, layer.register_load_state_dict_post_hook, after_load, bool(adapters))
 
 
 def hook_root(root: nn.Module, on: bool) -> None:
-    """Put or take off the root's pair of hooks."""
+    """Put or take off the root's pair of hooks, and that of torch's own encoders within it."""
     _set_hook(root, "forward_pre", before_call, on)
     _set_hook(root, "forward", after_call, on, always_call=True)
+    _set_plain_hook(root._state_dict_hooks, root.register_state_dict_post_hook, after_state_dict, on)
+    guard(root, on)
+    for module in root.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            _set_hook(module, "forward_pre", before_encoder, on)
 
 
-def _set_load_hook(layer: nn.Module, on: bool) -> None:
-    keys = [key for key, hook in layer._load_state_dict_post_hooks.items() if hook is after_load]
+def _set_plain_hook(table: dict[int, Any], register: Callable[..., Any], hook: Callable[..., Any], on: bool) -> None:
+    keys = [key for key, value in table.items() if value is hook]
     if on and not keys:
-        layer.register_load_state_dict_post_hook(after_load)
+        register(hook)
     for key in () if on else keys:
-        del layer._load_state_dict_post_hooks[key]
+        del table[key]
 
 
 def _set_hook(module: nn.Module, kind: str, hook: Callable[..., Any], on: bool, **options: bool) -> None:

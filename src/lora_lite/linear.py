@@ -37,6 +37,11 @@ def is_linear(module: nn.Module) -> bool:
     return not _returns_tuple(type(module).forward)
 
 
+def is_read_uncalled(layer: nn.Module) -> bool:
+    """Whether it is the `out_proj` of an `nn.MultiheadAttention`, which reads its weight and never calls it."""
+    return any(cls.__name__ == "NonDynamicallyQuantizableLinear" for cls in type(layer).__mro__)
+
+
 def unknown_kinds(model: nn.Module) -> dict[str, int]:
     """Kinds of module that have numbers of input and output features but no weight that is understood, with counts."""
     sizes = (("in_features", "out_features"), ("infeatures", "outfeatures"))
@@ -137,7 +142,8 @@ def computes_its_weight(layer: nn.Module, x: Tensor) -> bool:
     """Whether the bare layer maps x (n, i) to W x + b, to the rounding of its dtype (and of activations, where
     quantised). The layer runs in eval mode, and without its hooks."""
     b, mode = bias(layer), layer.training
-    expected = x.double().cpu() @ dense(layer).double().cpu().T + (0 if b is None else b.double().cpu())
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32  # enough for the tolerances below
+    expected = x.to("cpu", wide) @ dense(layer).to("cpu", wide).T + (0 if b is None else b.to("cpu", wide))
     layer.training = False
     try:
         with torch.autocast(x.device.type, enabled=False):
@@ -148,7 +154,7 @@ def computes_its_weight(layer: nn.Module, x: Tensor) -> bool:
         return False
     tolerance = 0.03 if x.dtype in (torch.bfloat16, torch.float16) else 1e-3
     tolerance = 0.1 if is_quantized(layer) else tolerance
-    error = (found.double().cpu() - expected).norm() if found.shape == expected.shape else torch.inf
+    error = (found.to("cpu", wide) - expected).norm() if found.shape == expected.shape else torch.inf
     return bool(error <= tolerance * expected.norm())
 
 

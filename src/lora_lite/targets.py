@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_lite.config import DEFAULT_EXCLUDE, AdapterConfig, Default
 from lora_lite.errors import TargetError
-from lora_lite.linear import is_linear, shape, unknown_kinds
+from lora_lite.linear import is_linear, is_read_uncalled, shape, unknown_kinds
 from lora_lite.patterns import matches, near_misses, spells
 from lora_lite.streams import D_MODEL_FIELDS, Streams, d_model_of
 from lora_lite.streams import role as role_of
@@ -46,7 +46,7 @@ class Selection:
         layers: module path -> layer.
         matched: each of the names that the config gives -> how many layers it adapts.
         left_out: paths of layers that a default leaves out unasked, heads and embeddings aside: they neither read nor
-            write a residual stream. Naming them adapts them.
+            write a residual stream (naming them adapts them), or their weight is read without calling them.
         unspelled: paths of heads that a regex of the config matches, but does not spell, so that they stay left out.
     """
 
@@ -138,6 +138,8 @@ def _select(model: nn.Module, cfg: AdapterConfig) -> Selection:
     if cfg.layers is not None:
         kept = [c for c in kept if c.index in cfg.layers]
     kept, excluded = _exclude(model, cfg, kept, names)
+    uncalled = [c for c in kept if is_read_uncalled(c.layer) and not any(spells(name, c.path) for name in names)]
+    kept = [c for c in kept if c not in uncalled]
     roles: dict[str, str] = {}
     asked = () if names and isinstance(cfg.target_roles, Default) else cfg.target_roles
     if asked:
@@ -153,6 +155,7 @@ def _select(model: nn.Module, cfg: AdapterConfig) -> Selection:
         )
     unasked = isinstance(cfg.target_roles, Default) and asked
     left_out = {c.path: (c.i, c.o) for c in kept if unasked and roles[c.path] == "inner"}
+    left_out |= {c.path: (c.i, c.o) for c in uncalled}
     unspelled = tuple(c.path for c in excluded) if names and isinstance(cfg.exclude_names, Default) else ()
     return Selection({c.path: c.layer for c in chosen}, matched, left_out, unspelled)
 
@@ -171,7 +174,7 @@ def left_out_words(selections: Sequence[Selection]) -> str:
         return ""
     return (
         f"{len(found)} linear layers left out by default, for instance {', '.join(found[:2])}: they neither read nor "
-        "write a residual stream, or are a head; name them in target_names to adapt them, or give target_roles and "
+        "write a residual stream, are a head, or are never called (nn.MultiheadAttention's out_proj); name them in target_names to adapt them, or give target_roles and "
         "exclude_names to leave them out"
     )
 

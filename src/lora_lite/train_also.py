@@ -1,7 +1,7 @@
-"""`train_also` weights as they were at attach, for `disabled`.
+"""`train_also` weights and running averages as they were at attach, for `disabled`.
 
-A module's `_parameters` is replaced by a dict that gives the original where the context says so. So nothing is written,
-other threads read on what is trained, and parameters are listed, saved and moved as ever.
+A module's `_parameters` (and `_buffers`) is replaced by a dict that gives the original where the context says so. So
+nothing is written, other threads read on what is trained, and parameters are listed, saved and moved as ever.
 """
 
 from typing import Any
@@ -32,21 +32,48 @@ class Substituting(dict[str, Any]):
             return nn.Parameter(original.to(parameter.dtype), requires_grad=False)
 
 
+class SubstitutingBuffers(dict[str, Any]):
+    """A module's buffers by name, of which those that training moves are the base's where all adapters are disabled."""
+
+    state: State
+    path: str
+
+    def __getitem__(self, name: str) -> Any:
+        buffer, key = super().__getitem__(name), f"{self.path}.{name}" if self.path else name
+        if torch.compiler.is_compiling() or key not in self.state.buffers:
+            return buffer
+        if not all(self.state.coefficients.setting(each.dial).base for each in self.state.adapters.values()):
+            return buffer
+        return self.state.buffers[key].to(buffer.device, buffer.dtype, copy=True)  # what train mode moves is dropped
+
+
 def substitute_originals(root: nn.Module, state: State) -> None:
-    """Let modules with `train_also` weights give the originals where the adapter is disabled.
+    """Let modules with `train_also` weights, or running averages, give the originals where the adapter is disabled.
 
     Raises:
-        StateError: a recurrent network's weight is trained, which it reads from a list of its own.
+        StateError: a recurrent network's weight is trained, which it reads from a list of its own; or a compiled part
+            of the model holds one.
     """
     names = {id(p): (each, key) for each in state.adapters for key, p in trained_also(root, each).items()}
+    parts = (m for m in root.modules() if m._compiled_call_impl is not None or type(m).__name__ == "OptimizedModule")
+    compiled = {below for part in parts for below in part.modules()}
     for path, module in root.named_modules():
         also = {name: names[id(p)] for name, p in module._parameters.items() if id(p) in names}
         if also and isinstance(module, nn.RNNBase):
             raise StateError(f"disabled: {path} is trained as well (train_also) and reads its weights past their names")
+        moving = any((f"{path}.{name}" if path else name) in state.buffers for name in module._buffers)
+        if (also or moving) and module in compiled:
+            raise StateError(
+                f"disabled: {path or 'the model'} is compiled and trained as well (train_also), and compiled code reads "
+                "its weights as they are; use a model that is not compiled here"
+            )
         if also:
             found = Substituting(module._parameters)
             found.state, found.also = state, also
             module._parameters = found
+        if moving:
+            module._buffers = buffers = SubstitutingBuffers(module._buffers)
+            buffers.state, buffers.path = state, path
 
 
 def forget_originals(root: nn.Module) -> None:
@@ -54,3 +81,5 @@ def forget_originals(root: nn.Module) -> None:
     for module in root.modules():
         if isinstance(module._parameters, Substituting):
             module._parameters = dict(module._parameters)
+        if isinstance(module._buffers, SubstitutingBuffers):
+            module._buffers = dict(module._buffers)

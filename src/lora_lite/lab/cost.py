@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 import lora_lite as ll
 from lora_lite.adapter import Adapter, variant_of
-from lora_lite.adapter_file import SKETCH_ROWS
+from lora_lite.base_check import SKETCH_ROWS
 from lora_lite.config import AdapterConfig
 from lora_lite.errors import CheckpointError, LoraLiteError, TargetError
 from lora_lite.lab import terminal

@@ -1,0 +1,263 @@
+"""What training changes is in the file, or it is said that it is not: nothing learnt is lost in silence."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import lora_lite as ll
+from helpers import METHODS, attached, bits, perturb, same_bits, tiny, tiny_llama, token_ids
+from lora_lite import adapter_file
+
+IDS = token_ids()
+ATTENTION = tiny("lora", target_names=("q_proj",))
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+# A model's own `save_pretrained`, whose folder would load as the bare base.
+
+
+def whole(model: Any) -> Any:
+    return model
+
+
+def pickled(model: Any) -> Any:
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("same", [whole, copy.deepcopy, pickled])
+def test_save_pretrained_is_refused_while_adapters_act(same: Callable[[Any], Any], tmp_path: Path) -> None:
+    model: Any = tiny_llama()
+    attached(model, "lora", [IDS])
+    model = same(model)
+    with pytest.raises(ll.StateError, match=r"ll\.save\(model, file\).*ll\.merge\(model\)"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    expected = logits(model)
+    ll.merge(model)
+    model.save_pretrained(tmp_path / "merged")
+    again, info = type(model).from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not info["unexpected_keys"]
+    torch.testing.assert_close(logits(again), expected, atol=1e-5, rtol=1e-4)
+    ll.unmerge(model)
+    ll.detach(model)
+    assert "save_pretrained" not in vars(model)
+    model.save_pretrained(tmp_path / "base")
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path / "base")), logits(tiny_llama()))
+
+
+def test_save_pretrained_of_a_part_or_of_a_model_around(tmp_path: Path) -> None:
+    model = nn.Sequential(tiny_llama(), nn.Linear(4, 4))
+    ll.attach(model, tiny("lora", target_names=("q_proj",)))
+    with pytest.raises(ll.StateError, match="plain transformers would load the bare base"):
+        model[0].save_pretrained(tmp_path)  # type: ignore[operator]
+    around: Any = tiny_llama()
+    ll.attach(around.model, tiny("lora"))
+    with pytest.warns(ll.LoraLiteWarning, match="plain transformers would load the bare base"):
+        around.save_pretrained(tmp_path)
+
+
+def test_a_trainers_checkpoint_warns_and_resumes(tmp_path: Path) -> None:
+    model = tiny_llama()
+    att = attached(model, "lora", [IDS])
+    rows = [{"input_ids": IDS[0], "labels": IDS[0]}] * 4
+
+    def trainer(steps: int) -> transformers.Trainer:
+        arguments = transformers.TrainingArguments(
+            str(tmp_path), max_steps=steps, save_steps=1, per_device_train_batch_size=2, report_to=[], use_cpu=True
+        )
+        return transformers.Trainer(model, arguments, train_dataset=rows)  # type: ignore[arg-type]
+
+    with pytest.warns(ll.LoraLiteWarning, match=r"this checkpoint resumes training .*ll\.save\(model, file\)"):
+        trainer(1).train()
+    after, B = logits(model), att.targets["model.layers.0.self_attn.q_proj"].get_parameter("B")
+    with torch.no_grad():
+        B.zero_()
+    with pytest.warns(ll.LoraLiteWarning):
+        trainer(1).train(resume_from_checkpoint=True)
+    assert torch.equal(logits(model), after)
+
+
+# Parameters that train beside the adapters.
+
+
+def test_a_parameter_unfrozen_by_hand_is_not_left_out_in_silence(tmp_path: Path) -> None:
+    model: Any = tiny_llama()
+    ll.attach(model, tiny("lora"))
+    model.model.norm.weight.requires_grad_(True)
+    with pytest.raises(
+        ll.StateError, match=r"model\.norm\.weight requires a gradient, but belongs to no adapter.*1 such"
+    ):
+        ll.save(model, tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+    model.model.norm.weight.requires_grad_(False)
+    ll.save(model, tmp_path / "a.safetensors")
+    model.score = nn.Linear(4, 2)  # as a head put on after attach
+    with pytest.raises(ll.StateError, match=r"score\.weight requires a gradient.*2 such"):
+        ll.save(model, tmp_path / "a.safetensors")
+    ll.detach(model)
+    ll.attach(model, tiny("lora", target_names=("q_proj",)), train_also=("score", "norm"))
+    ll.save(model, tmp_path / "a.safetensors")
+
+
+def classifier(seed: int) -> Any:
+    """One backbone, and a new random head for each seed."""
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=61, num_labels=3,
+        pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForSequenceClassification(config)
+    torch.manual_seed(seed)
+    nn.init.normal_(model.score.weight)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_another_random_head_is_another_base(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = classifier(1)
+    attached(model, "lora", [IDS], target_names=("q_proj",))
+    file = ll.save(model, tmp_path / "a.safetensors")
+    assert ll.load(classifier(1).to(dtype), file).targets
+    other = classifier(2).to(dtype)
+    before = bits(other)
+    with pytest.raises(ll.BaseMismatchError, match=r"score\.weight, which the file does not hold, .*train_also"):
+        ll.load(other, file)
+    assert same_bits(before, other)
+    assert ll.load(other, file, base="any").targets
+    ll.detach(model)
+    ll.attach(model, ATTENTION, train_also=("score",))
+    with torch.no_grad():
+        model.score.weight.normal_()
+    ll.save(model, file)
+    other = classifier(3)
+    ll.load(other, file)
+    assert torch.equal(logits(other), logits(model))
+
+
+def test_a_head_that_another_adapter_trains_is_the_same_base(tmp_path: Path) -> None:
+    model = classifier(1)
+    ll.attach(model, ATTENTION, name="with_head", train_also=("score",))
+    with torch.no_grad():
+        model.score.weight.normal_()
+    attached(model, "lora", [IDS], name="other", target_names=("q_proj",))
+    file = ll.save(model, tmp_path / "a.safetensors", name="other")
+    assert ll.load(model, file, name="again").targets
+    assert ll.load(classifier(1), file).targets
+
+
+def test_a_backbone_serves_under_another_head(tmp_path: Path) -> None:
+    model = tiny_llama()
+    attached(model, "lora", [IDS], target_names=("q_proj",))
+    file = ll.save(model, tmp_path / "a.safetensors")
+    other: Any = tiny_llama()
+    other.lm_head = nn.Linear(32, 5)
+    assert ll.load(other, file).targets
+
+
+# Running averages, which a training pass moves.
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.first, self.bn, self.second = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.bn(self.first(x)))
+
+
+X = torch.linspace(-2, 3, 60).reshape(10, 6)
+
+
+def trained(**options: Any) -> Normed:
+    model = Normed()
+    att = ll.attach(model, tiny("lora", target_names=("first", "second")), **options)
+    perturb(att.targets.values())
+    model.train()
+    for _ in range(3):
+        model(X).square().sum().backward()
+    return model.eval()
+
+
+@pytest.mark.parametrize("also", [(), ("bn",)])
+def test_moved_running_averages_are_in_the_file(also: tuple[str, ...], tmp_path: Path) -> None:
+    base, model = Normed().eval(), trained(train_also=also)
+    assert not torch.equal(model.bn.running_mean, base.bn.running_mean)
+    file = ll.save(model, tmp_path / "a.safetensors")
+    again = Normed().eval()
+    before = bits(again)
+    ll.load(again, file)
+    assert torch.equal(again(X), model(X)) and again.bn.num_batches_tracked == 3
+    with ll.disabled(again):
+        assert torch.equal(again(X), base(X))
+    ll.load(again, file, overwrite=True)
+    ll.detach(again)
+    assert same_bits(before, again) and torch.equal(again(X), base(X))
+
+
+def test_a_disabled_model_moves_no_running_average() -> None:
+    model = trained()
+    before = bits(model)
+    model.train()
+    with ll.disabled(model):
+        model(X)
+    assert same_bits(before, model)
+
+
+def test_running_averages_of_two_adapters_do_not_meet(tmp_path: Path) -> None:
+    file = ll.save(trained(), tmp_path / "a.safetensors")
+    model = trained()
+    assert ll.load(model, file, name="same").targets
+    model.train()(X)
+    before = bits(model)
+    with pytest.raises(ll.StateError, match=r"bn\.running_mean, which another adapter's training moved"):
+        ll.load(model, file, name="other")
+    assert same_bits(before, model)
+
+
+def test_running_averages_fit_the_model(tmp_path: Path) -> None:
+    file = ll.save(trained(), tmp_path / "a.safetensors")
+    model: Any = Normed()
+    model.bn = nn.LayerNorm(8)
+    with pytest.raises(ll.CheckpointError, match=r"holds bn\.running_mean \(8,\), which this model has not"):
+        ll.load(model, file, base="any")
+
+
+# Trainers that cast, and files that would not load.
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_parameters_that_a_trainer_cast_are_saved_in_the_configs_dtype(method: str, tmp_path: Path) -> None:
+    """TRL casts what is trained to bf16 on a quantised base."""
+    model = tiny_llama()
+    adapters = attached(model, method, [IDS]).targets
+    for p in [p for adapter in adapters.values() for p in adapter.parameters() if p.requires_grad]:
+        p.data = p.data.to(torch.bfloat16)
+    fresh = tiny_llama()
+    for path, adapter in ll.load(fresh, ll.save(model, tmp_path / "a.safetensors")).targets.items():
+        for key, p in adapter.named_parameters():
+            assert p.dtype == torch.float32 and torch.equal(p, adapters[path].get_parameter(key).float())
+
+
+def test_a_file_that_load_would_refuse_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+    attached(model, "lora", [IDS])
+    file = ll.save(model, tmp_path / "a.safetensors")
+    content = file.read_bytes()
+    monkeypatch.setattr(adapter_file.Room, "values", property(lambda room: 1000))
+    with pytest.raises(ll.CheckpointError, match="was not written, for `load` would refuse it"):
+        ll.save(model, file)
+    assert file.read_bytes() == content
