@@ -318,8 +318,8 @@ def commit(
     for parameter in also.values():
         parameter.requires_grad_(True)
     dial = Dial(name, state)
-    for layer, adapter in built.values():
-        adapter.dial = dial
+    for path, (layer, adapter) in built.items():
+        adapter.dial, adapter.path = dial, path
         adapter.train(layer.training)
         if "lora" not in layer._modules:
             layer.lora = nn.ModuleDict()
