@@ -1,11 +1,11 @@
-"""Are the gradients true? Backward against finite differences, and quantised layers against their own weights.
+"""Are the gradients true? Backward against finite differences.
 
 A base can cut what goes back through it: a layer that detaches its input, a kernel without a backward. All adapters
 still get gradients then, only wrong ones.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from lora_lite.calibration import run
 from lora_lite.errors import CheckError
-from lora_lite.linear import dense, execution_device, is_linear, is_quantized, is_sharded, shape
+from lora_lite.linear import is_linear, is_quantized
 from lora_lite.numerics import double
-from lora_lite.packing import is_packed
 from lora_lite.state import tensors_in
 from lora_lite.stats import generator
 
@@ -26,7 +25,6 @@ STEPS = (1.0, 2.0, 4.0)
 RETRIES = (1.0, 1 / 8, 8.0)  # other sizes of step, where no line fits: curvature asks for smaller, rounding for larger
 DOUBTFUL = 0.3  # error of the measurement, relative to what is measured, above which nothing is said
 SPREADS = 4  # of its own error, that a measurement may be away from the truth
-COSINE = 0.97  # of what a quantised layer passes back with what its weight would; rounding to 8 bits leaves 0.9999
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,8 @@ class _Precision:
     tolerance: float
 
 
-PRECISIONS = {4e-3: _Precision(0.05, 0.3), 5e-4: _Precision(0.02, 0.2), 0.0: _Precision(3e-3, 0.1)}  # bf16, fp16, fp32
+# By the least rounding (eps) of a dtype: bf16, fp16, fp32.
+PRECISIONS = {4e-3: _Precision(0.05, 0.3), 5e-4: _Precision(0.02, 0.2), 0.0: _Precision(3e-3, 0.1)}
 
 
 def loss_of(output: Any, coarse: bool = True) -> Tensor:
@@ -234,8 +233,12 @@ def _precision(model: nn.Module) -> _Precision:
     for kind in {p.device.type for p in model.parameters()}:
         if torch.is_autocast_enabled(kind):
             eps = max(eps, torch.finfo(torch.get_autocast_dtype(kind)).eps)
-    if any(is_quantized(layer) for layer in model.modules() if is_linear(layer)):
-        eps = max(eps, torch.finfo(torch.bfloat16).eps)  # some round their inputs as well
+    if any(is_quantized(layer) for layer in model.modules() if is_linear(layer)):  # some round their inputs as well
+        return _Precision(max(0.02, _at(eps).change), 0.3)
+    return _at(eps)
+
+
+def _at(eps: float) -> _Precision:
     return next(found for least, found in PRECISIONS.items() if eps >= least)
 
 
@@ -247,52 +250,3 @@ def _local(model: nn.Module) -> Iterator[None]:
             if type(module).__name__ == "DistributedDataParallel":
                 stack.enter_context(module.no_sync())  # type: ignore[operator]
         yield
-
-
-def cut_layers(model: nn.Module) -> dict[str, float]:
-    """Quantised layers that pass back another gradient than their weight would: path -> cosine with it.
-
-    One layer of each kind is asked, with random rows: its weight is dequantised once, nothing else of the model runs.
-    """
-    seen, found = set(), dict[str, float]()
-    for path, layer in model.named_modules():
-        if not (is_linear(layer) and is_quantized(layer)):
-            continue
-        weight: Any = layer.weight
-        kind = (type(layer), type(weight), type(weight.data), weight.dtype, is_packed(layer))
-        if kind in seen or weight.is_meta or is_sharded(weight) or hasattr(layer, "_hf_hook"):
-            continue
-        seen.add(kind)
-        cosine = _cosine(layer, _dtype_of(model))
-        if cosine is not None and not cosine >= COSINE:
-            found[path] = cosine
-    return found
-
-
-def _dtype_of(model: nn.Module) -> torch.dtype:
-    """That of the model's activations, as far as its parameters tell."""
-    dtypes = [p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1]
-    return next((dtype for dtype in dtypes if dtype.itemsize == 2), torch.float32)
-
-
-@torch.enable_grad()
-def _cosine(layer: nn.Module, dtype: torch.dtype) -> float | None:
-    """Cosine of the gradient of a bare layer's input with W^T g, for 4 random rows; None where W cannot be read."""
-    try:
-        W = dense(layer, torch.float32)
-    except ValueError:
-        return None
-    i, o = shape(layer)
-    rows = torch.randn(4, i + o, generator=generator(0, "rows"), dtype=torch.float32, device="cpu")
-    x, g = rows.to(execution_device(layer), dtype).split([i, o], dim=1)
-    x = x.clone().requires_grad_()
-    forward: Callable[[Tensor], Any] = layer.forward
-    y = forward(x)
-    if not isinstance(y, Tensor) or y.shape != g.shape:
-        return None
-    if not y.requires_grad:
-        return 0.0
-    (back,) = torch.autograd.grad(y, x, g.to(y.dtype), allow_unused=True)
-    if back is None:
-        return 0.0
-    return float(torch.cosine_similarity(double(back).flatten(), double(g.float() @ W).flatten(), dim=0))
