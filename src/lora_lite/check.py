@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from lora_lite.adapter import Adapter
 from lora_lite.calibration import run
 from lora_lite.check_effect import turn, untouched, without_effect
-from lora_lite.check_gradients import Gradient, loss_of, measure
+from lora_lite.check_gradients import loss_of, measure
 from lora_lite.check_layers import cut_layers
+from lora_lite.check_report import CheckReport, Layer, cut_words
 from lora_lite.errors import CheckError
 from lora_lite.state import adapters_of, refuse_merged, root_of, trained_also
 from lora_lite.stats import generator
@@ -24,63 +25,7 @@ EXPERT = re.compile(r"(^|\.)experts\.\d+(\.|$)")  # which tokens reach an expert
 TRAIN_PASSES = 4  # at most, for models that skip layers at random in training (layer drop)
 
 
-@dataclass
-class Layer:
-    """What `check` saw of one adapter on one layer.
-
-    Attributes:
-        calls: how many times it ran (in train and in eval mode together).
-        modes: the modes in which it ran: True for train, False for eval.
-        moves: whether it ever changed what its layer reads or gives.
-        grad_norms: tensor name -> norm of its gradient.
-    """
-
-    calls: int = 0
-    modes: set[bool] = field(default_factory=set)
-    moves: bool = False
-    grad_norms: dict[str, float] = field(default_factory=dict)
-
-
 Layers = Mapping[str, Mapping[str, Adapter]]
-
-
-@dataclass(frozen=True)
-class CheckReport:
-    """Result of `check`.
-
-    Attributes:
-        layers: adapter name -> module path -> `Layer`.
-        idle_experts: paths of experts that no token reached.
-        effect: largest change of an output when the perturbed adapters are turned from c = 0 to c = 1.
-        rows_independent: whether a coefficient on one row acted on that row alone; None if the model takes no such
-            coefficient, or the batch has one row.
-        gradient: backward against finite differences; None if nothing is trained.
-        cut_layers: paths of quantised layers, one of each kind, that pass back another gradient than their weight
-            would, with the cosine between the two.
-    """
-
-    layers: dict[str, dict[str, Layer]]
-    idle_experts: list[str]
-    effect: float = 0.0
-    rows_independent: bool | None = None
-    gradient: Gradient | None = None
-    cut_layers: dict[str, float] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        lines = [f"{'adapter':<12} {'layer':<48} {'runs':>5}  gradient norms"]
-        for name, layers in self.layers.items():
-            for path, layer in layers.items():
-                norms = ", ".join(f"{key} {norm:.2e}" for key, norm in layer.grad_norms.items())
-                lines.append(f"{name:<12} {path:<48} {layer.calls:>5}  {norms}")
-        lines.append(f"effect of c = 1 against c = 0: {self.effect:.2e}; rows independent: {self.rows_independent}")
-        lines += [str(self.gradient)] if self.gradient is not None else []
-        lines += [_cut_words(self.cut_layers)] if self.cut_layers else []
-        return "\n".join(lines)
-
-
-def _cut_words(cut: Mapping[str, float]) -> str:
-    layers = ", ".join(f"{path} (cosine {cosine:.2f})" for path, cosine in cut.items())
-    return f"quantised layers that pass back another gradient than their weight would: {layers}, and others of its kind"
 
 
 def check(model: nn.Module, batches: Iterable[Any]) -> CheckReport:
@@ -230,8 +175,8 @@ def _find_dead(model: nn.Module, batch: Any, adapters: Layers, report: CheckRepo
         asked[name] = {path: adapter for path, adapter in adapters[name].items() if path not in told}
     for name, path in without_effect(model, batch, asked):
         raise CheckError(
-            f"adapter {name!r} on {path} ran, but leaving it out changes no output: what its layer computes is not used "
-            "for this batch; leave it out with exclude_names, or give other batches"
+            f"adapter {name!r} on {path} ran, but leaving it out changes no output: what its layer computes is not "
+            "used for this batch; leave it out with exclude_names, or give other batches"
         )
 
 
@@ -242,14 +187,14 @@ def _raise_untrue(model: nn.Module, batch: Any, adapters: Layers, report: CheckR
     if not (report.gradient.wrong or unknown):
         return
     words = [str(report.gradient)]
-    words += [_cut_words(report.cut_layers)] if report.cut_layers else []
+    words += [cut_words(report.cut_layers)] if report.cut_layers else []
     dead = [] if unknown else without_effect(model, batch, adapters)
     dead = [(name, path) for name, path in dead if report.layers[name][path].calls]
     words += [f"adapter {name!r} on {path} changes no output although it gets a gradient" for name, path in dead]
     raise CheckError(
-        f"the gradients are not those of the loss: {'; '.join(words)}. Something in the model cuts or replaces what goes "
-        "back through it (a layer that detaches its input, a kernel without a backward, rounded activations): train on "
-        "another form of it (weights quantised alone, another kernel), and quantise afterwards; a method that leaves "
+        f"the gradients are not those of the loss: {'; '.join(words)}. Something in the model cuts or replaces what "
+        "goes back through it (a layer that detaches its input, a kernel without a backward, rounded activations): train "
+        "on another form of it (weights quantised alone, another kernel), and quantise afterwards; a method that leaves "
         "out a term on purpose names the tensors in its `inexact`"
     )
 
@@ -286,8 +231,8 @@ def _raise_findings(report: CheckReport, adapters: Layers) -> None:
         raise CheckError("turning the coefficient from 0 to 1 changes no output, although adapters ran")
     if report.rows_independent is False:
         raise CheckError(
-            "a coefficient for one row moved others too, or not all of its own: this model mixes the rows of a batch, or "
-            "a part of it has other rows (images of which a text has several)"
+            "a coefficient for one row moved others too, or not all of its own: this model mixes the rows of a batch, "
+            "or a part of it has other rows (images of which a text has several)"
         )
 
 
