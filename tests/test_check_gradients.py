@@ -15,10 +15,8 @@ from helpers import METHODS, bits, calibration, same_bits, tiny, tiny_llama, tok
 IDS = token_ids()
 X = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
 TRAINED = [name for name in METHODS if ll.variants()[name].trained]
-DTYPES = [
-    torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow), pytest.param(torch.float16, marks=pytest.mark.slow),
-    pytest.param(torch.bfloat16, marks=pytest.mark.slow),
-]  # fmt: skip
+SLOW = (torch.float64, torch.float16, torch.bfloat16)
+DTYPES = [torch.float32, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in SLOW)]
 FINE = {torch.float64: 2e-2, torch.float32: 2e-2, torch.float16: 0.15, torch.bfloat16: 0.25}
 
 
@@ -143,7 +141,7 @@ def test_train_also_is_measured_and_put_back(dtype: torch.dtype) -> None:
 
 
 def test_dora_keeps_its_norm_constant_on_purpose() -> None:
-    model = tiny_llama(num_hidden_layers=1)
+    model = tiny_llama()
     ll.attach(model, tiny("dora"))
     adapters = [module for module in model.modules() if isinstance(module, ll.Adapter)]
     assert not ll.check(model, [IDS]).gradient.wrong  # type: ignore[union-attr]

@@ -193,9 +193,9 @@ def _raise_untrue(model: nn.Module, batch: Any, adapters: Layers, report: CheckR
     words += [f"adapter {name!r} on {path} changes no output although it gets a gradient" for name, path in dead]
     raise CheckError(
         f"the gradients are not those of the loss: {'; '.join(words)}. Something in the model cuts or replaces what "
-        "goes back through it (a layer that detaches its input, a kernel without a backward, rounded activations): train "
-        "on another form of it (weights quantised alone, another kernel), and quantise afterwards; a method that leaves "
-        "out a term on purpose names the tensors in its `inexact`"
+        "goes back through it (a layer that detaches its input, a kernel without a backward, rounded activations): "
+        "train on another form of it (weights quantised alone, another kernel), and quantise afterwards; a method that "
+        "leaves out a term on purpose names the tensors in its `inexact`"
     )
 
 
