@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_lite.config import AdapterConfig
+from lora_lite.errors import MethodError
 from lora_lite.numerics import add_lowrank, cast, full_precision
 
 # Shapes, checked by the tests: a layer's input and output, and the factors (h, B) of a low-rank change h B^T.
@@ -58,6 +59,12 @@ class Adapter(nn.Module):
 
     rebuildable: ClassVar[tuple[str, ...]] = ()
     """Frozen tensors that are singular directions of W, so that `save(..., basis=False)` can leave them out."""
+
+    path: str = ""
+    """The path of its layer when it was attached, for messages."""
+
+    inexact: ClassVar[tuple[str, ...]] = ()
+    """Trained tensors whose gradient leaves out a term on purpose, so that `check` does not measure it."""
 
     merged: bool = False
     """Whether it is folded into the layer's weights, and so does not act."""
@@ -132,11 +139,41 @@ class Adapter(nn.Module):
         """
         if y is None or out is None:
             assert self.before is not None
-            return self.before(x, held.layer, c)
+            return self._verified("before", self.before(x, held.layer, c), x)
         change = self.change(x, y, held.layer, c)
         if change is None:
             return out
-        return add_lowrank(out, *change) if isinstance(change, tuple) else out + cast(change, out)
+        if isinstance(change, tuple):
+            return add_lowrank(out, *self._verified_factors(change, y))
+        return out + cast(self._verified("change", change, y), out)
+
+    def _verified(self, what: str, given: Any, like: Tensor) -> Tensor:
+        """What the method `what` returned, which has to have the shape of `like`, and a dtype no narrower than it.
+
+        Else it would broadcast, and the layer's output have another shape, or lose what its dtype holds. Under autocast
+        products are narrower than the layer's input or output may be.
+        """
+        if not isinstance(given, Tensor) or given.shape != like.shape or not given.dtype.is_floating_point:
+            raise self._misfit(what, f"{tuple(like.shape)} in {like.dtype}", _described(given))
+        narrow = torch.promote_types(given.dtype, like.dtype) != given.dtype
+        if narrow and not torch.is_autocast_enabled(like.device.type):
+            raise self._misfit(what, f"{tuple(like.shape)} in {like.dtype} (or wider)", _described(given))
+        return given
+
+    def _verified_factors(self, given: tuple[Any, ...], y: Tensor) -> LowRank:
+        fits = len(given) == 2 and all(isinstance(t, Tensor) and t.dtype.is_floating_point for t in given)
+        h, B = given if fits else (y, y)
+        fits = fits and B.ndim == 2 and B.shape[0] == y.shape[-1] and h.shape == (*y.shape[:-1], B.shape[1])
+        if not fits:
+            expected = f"the factors h {(*y.shape[:-1], 'r')} and B {(y.shape[-1], 'r')}"
+            raise self._misfit("change", expected, " and ".join(map(_described, given)))
+        return h, B
+
+    def _misfit(self, what: str, expected: str, given: str) -> MethodError:
+        return MethodError(
+            f"{self.path}: {what} of the method {self.name!r} ({type(self).__name__}) must return {expected}, but "
+            f"returned {given}; mend {type(self).__name__}.{what}"
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Adapter":
         """Follow the model's device, not its dtype: 16-bit steps near 1 are too wide for an adapter to learn."""
@@ -151,6 +188,10 @@ def derive(adapter: Adapter, layer: nn.Module) -> None:
     """Rebuild an adapter's derived tensors, whatever autocast is in force."""
     with full_precision(layer.weight.device):  # type: ignore[union-attr, arg-type]
         adapter.derive(layer)
+
+
+def _described(value: Any) -> str:
+    return f"{tuple(value.shape)} in {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def adapters_on(layer: nn.Module) -> list[Adapter]:

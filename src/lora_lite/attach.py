@@ -210,7 +210,7 @@ def _ask_layer(path: str, layer: nn.Module) -> None:
     dtype = weight.dtype if weight.dtype.is_floating_point and weight.dtype.itemsize > 1 else torch.float32
     x = torch.randn(1, shape(layer)[0], generator=generator(0, path), dtype=torch.float32, device="cpu")
     if not computes_its_weight(layer, x.to(device, dtype)):
-        if not torch.isfinite(dense(layer)).all():
+        if not torch.isfinite(dense(layer, torch.promote_types(dtype, torch.float32))).all():  # 8 bits have no isfinite
             raise TargetError(f"{path}: its weight holds NaN or infinite values, so no method that reads it can start")
         raise TargetError(
             f"{path}: this {type(layer).__name__} computes something else than W x + b for the weight that it holds, "
@@ -321,8 +321,8 @@ def commit(
     for parameter in also.values():
         parameter.requires_grad_(True)
     dial = Dial(name, state)
-    for layer, adapter in built.values():
-        adapter.dial = dial
+    for path, (layer, adapter) in built.items():
+        adapter.dial, adapter.path = dial, path
         adapter.train(layer.training)
         if "lora" not in layer._modules:
             layer.lora = nn.ModuleDict()

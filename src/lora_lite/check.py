@@ -1,9 +1,9 @@
-"""Does every adapter have an effect, and does it get a gradient? Found by running, not assumed."""
+"""Does every adapter have an effect, and does it get a true gradient? Found by running, not assumed."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from lora_lite.adapter import Adapter
 from lora_lite.calibration import run
-from lora_lite.coefficient import scale
-from lora_lite.errors import CheckError, CoefficientError
-from lora_lite.state import State, adapters_of, refuse_merged, root_of, tensors_in
+from lora_lite.check_effect import turn, untouched, without_effect
+from lora_lite.check_gradients import loss_of, measure
+from lora_lite.check_layers import cut_layers
+from lora_lite.check_report import CheckReport, Layer, cut_words
+from lora_lite.errors import CheckError
+from lora_lite.state import adapters_of, refuse_merged, root_of, trained_also
 from lora_lite.stats import generator
 
 PERTURBATION = 1e-2
@@ -22,61 +25,28 @@ EXPERT = re.compile(r"(^|\.)experts\.\d+(\.|$)")  # which tokens reach an expert
 TRAIN_PASSES = 4  # at most, for models that skip layers at random in training (layer drop)
 
 
-@dataclass
-class Layer:
-    """What `check` saw of one adapter on one layer.
-
-    Attributes:
-        calls: how many times it ran (in train and in eval mode together).
-        modes: the modes in which it ran: True for train, False for eval.
-        grad_norms: tensor name -> norm of its gradient.
-    """
-
-    calls: int = 0
-    modes: set[bool] = field(default_factory=set)
-    grad_norms: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class CheckReport:
-    """Result of `check`.
-
-    Attributes:
-        layers: adapter name -> module path -> `Layer`.
-        idle_experts: paths of experts that no token reached.
-        effect: largest change of an output when the perturbed adapters are turned from c = 0 to c = 1.
-        rows_independent: whether a coefficient on one row moved that row alone; None if the model takes no such
-            coefficient, or the batches have one row.
-    """
-
-    layers: dict[str, dict[str, Layer]]
-    idle_experts: list[str]
-    effect: float
-    rows_independent: bool | None
-
-    def __str__(self) -> str:
-        lines = [f"{'adapter':<12} {'layer':<48} {'runs':>5}  gradient norms"]
-        for name, layers in self.layers.items():
-            for path, layer in layers.items():
-                norms = ", ".join(f"{key} {norm:.2e}" for key, norm in layer.grad_norms.items())
-                lines.append(f"{name:<12} {path:<48} {layer.calls:>5}  {norms}")
-        lines.append(f"effect of c = 1 against c = 0: {self.effect:.2e}; rows independent: {self.rows_independent}")
-        return "\n".join(lines)
+Layers = Mapping[str, Mapping[str, Adapter]]
 
 
 def check(model: nn.Module, batches: Iterable[Any]) -> CheckReport:
-    """Run the model forward and backward on `batches`, with every trained tensor perturbed, and report by layer.
+    """Run the model forward and backward on `batches`, with every adapter perturbed, and report by layer.
 
     The tensors are perturbed because at the start the gradient of some is zero by design (a LoRA's A). It runs in train
-    and in eval mode, since models take other paths in each, and puts back all bits, gradients and modes.
+    and in eval mode, since models take other paths in each, and puts back all bits, gradients and modes. Then, on the
+    first batch, it compares backward with finite differences, for a base can cut what goes back through it.
+
+    It costs one training pass over the batches in each mode, and about 25 forward passes of the first batch (up to 65
+    where rounding or jumps make the differences disagree), one more for each adapter without a gradient, and a copy of
+    all trained tensors. Two small batches are enough.
 
     Args:
         model: the model, or a wrapper of it (DDP: gradients are compared across processes).
         batches: one or a few batches, as for `attach`; the loss is the model's own `loss` if its output has one, else a
             random projection of its outputs.
     Raises:
-        CheckError: an adapter that never ran, got no gradient or one that is zero or not finite, or had no effect;
-            gradients that differ between processes; or a coefficient for one row that moved another.
+        CheckError: an adapter that never ran, ran in one mode only, got no gradient or one that is zero or not finite,
+            or had no effect; gradients that contradict finite differences, or differ between processes; or a
+            coefficient for one row that moved another.
         StateError: nothing attached, merged, or a target replaced since attach.
         ValueError: no batches.
     """
@@ -86,35 +56,46 @@ def check(model: nn.Module, batches: Iterable[Any]) -> CheckReport:
     if not batches:
         raise ValueError("check: give at least one batch")
     adapters = {name: adapters_of(root, name) for name in state.adapters}
-    report = CheckReport({name: {path: Layer() for path in layers} for name, layers in adapters.items()}, [], 0.0, None)
-    trained = [p for layers in adapters.values() for adapter in layers.values() for p in adapter.parameters()]
-    trained = [p for p in trained if p.requires_grad]
-    with _put_back(model, trained), _watch(adapters, report):
-        for index, p in enumerate(trained):
+    report = CheckReport({name: {path: Layer() for path in layers} for name, layers in adapters.items()}, [])
+    own = [p for layers in adapters.values() for adapter in layers.values() for p in adapter.parameters()]
+    also = [p for name in state.adapters for p in trained_also(root, name).values() if p.requires_grad]
+    with _put_back(model, [*own, *also]), _watch(adapters, report):
+        for index, p in enumerate(own):  # frozen ones too, which may hold their start
             _perturb(p, index)
-        for mode in (True, False):
-            model.train(mode)
-            for _ in range(TRAIN_PASSES if mode else 1):
-                for batch in batches:
-                    output = run(model, batch)
-                    if trained:
-                        _loss(output).backward()
-                if all(mode in layer.modes for layers in report.layers.values() for layer in layers.values()):
-                    break
+        trains = bool(also) or any(p.requires_grad for p in own)
+        _run_all(model, batches, report, trains)
         _note_gradients(report, adapters)
         model.eval()
-        effect, independent = _turn(model, state, batches[0])
-    report = CheckReport(report.layers, report.idle_experts, effect, independent)
-    _raise_findings(report, adapters, model)
+        effect, independent = turn(model, batches[0])
+        report = replace(report, effect=effect, rows_independent=independent, cut_layers=cut_layers(model))
+        _raise_findings(report, adapters)
+        _find_dead(model, batches[0], adapters, report)
+        if trains:
+            report = replace(report, gradient=measure(model, batches[0], [*_whole(adapters), *also]))
+            _raise_untrue(model, batches[0], adapters, report)
+    _compare_processes(report, model)
     return report
 
 
+def _run_all(model: nn.Module, batches: Sequence[Any], report: CheckReport, trains: bool) -> None:
+    """Forward and backward in both modes; in train mode until no adapter is left out by chance."""
+    for mode in (True, False):
+        model.train(mode)
+        for _ in range(TRAIN_PASSES if mode else 1):
+            for batch in batches:
+                output = run(model, batch)
+                if trains:
+                    loss_of(output).backward()
+            if all(mode in layer.modes for layers in report.layers.values() for layer in layers.values()):
+                break
+
+
 @contextmanager
-def _put_back(model: nn.Module, trained: Sequence[Tensor]) -> Iterator[None]:
+def _put_back(model: nn.Module, moved: Sequence[Tensor]) -> Iterator[None]:
     """Put back, at the end, all that a forward and backward pass moves: bits, gradients, modes, the random state."""
     # Running averages of norms, which train mode moves; large integer buffers are quantised weights, which it does not.
     buffers = [b for b in model.buffers() if b.is_floating_point() or b.numel() == 1]
-    kept = [(tensor, tensor.detach().clone()) for tensor in [*trained, *buffers]]
+    kept = [(tensor, tensor.detach().clone()) for tensor in [*moved, *buffers]]
     grads = [(p, p.grad) for p in model.parameters() if p.requires_grad]
     modes = {module: module.training for module in model.modules()}
     try:
@@ -133,7 +114,7 @@ def _put_back(model: nn.Module, trained: Sequence[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def _watch(adapters: Mapping[str, Mapping[str, Adapter]], report: CheckReport) -> Iterator[None]:
+def _watch(adapters: Layers, report: CheckReport) -> Iterator[None]:
     """Count, in the report, the calls of each adapter."""
     handles = [
         adapter.register_forward_hook(_counting(report.layers[name][path]))
@@ -150,6 +131,9 @@ def _watch(adapters: Mapping[str, Mapping[str, Adapter]], report: CheckReport) -
 def _counting(layer: Layer) -> Any:
     def hook(adapter: nn.Module, args: Any, output: Any) -> None:
         layer.calls += 1
+        if not layer.moves:
+            given = untouched(args)
+            layer.moves = not torch.equal(output.detach(), given.detach().to(output.device))
         layer.modes.add(adapter.training)
 
     return hook
@@ -163,23 +147,7 @@ def _perturb(p: Tensor, index: int) -> None:
     p.add_(noise * PERTURBATION * p.abs().mean().clamp(min=1.0))
 
 
-def _loss(output: Any) -> Tensor:
-    own = getattr(output, "loss", None)
-    if isinstance(own, Tensor) and own.requires_grad:
-        return own
-    tensors = [t for t in tensors_in(output) if t.is_floating_point() and t.requires_grad]
-    if not tensors:
-        raise CheckError("the model's output has no tensor that depends on the adapters; is it run under no_grad?")
-    weights = [_noise(t) for t in tensors]
-    return sum((t.float() * w).mean() for t, w in zip(tensors, weights, strict=True))  # type: ignore[return-value]
-
-
-def _noise(like: Tensor) -> Tensor:
-    noise = torch.randn(like.shape, generator=generator(0, "loss"), dtype=torch.float32, device="cpu")
-    return noise.to(like.device)
-
-
-def _note_gradients(report: CheckReport, adapters: Mapping[str, Mapping[str, Adapter]]) -> None:
+def _note_gradients(report: CheckReport, adapters: Layers) -> None:
     for name, layers in adapters.items():
         for path, adapter in layers.items():
             for key, p in adapter.named_parameters():
@@ -191,36 +159,47 @@ def _note_gradients(report: CheckReport, adapters: Mapping[str, Mapping[str, Ada
                 report.idle_experts.append(path)
 
 
-@torch.no_grad()
-def _turn(model: nn.Module, state: State, batch: Any) -> tuple[float, bool | None]:
-    """The effect of c, and whether a one-hot c moves its row alone."""
-
-    def outputs(c: float | Tensor) -> list[Tensor]:
-        with scale(model, c):
-            return [t for t in tensors_in(run(model, batch)) if t.is_floating_point() and t.numel()]
-
-    bases = outputs(0.0)
-    changes = [float((full - base).abs().max()) for full, base in zip(outputs(1.0), bases, strict=True)]
-    effect = max(changes, default=0.0)
-    # Rows are told apart in the largest output that moves: one of two towers may have none, a loss has no rows.
-    moving = [at for at, change in enumerate(changes) if change > 0 and bases[at].ndim > 1]
-    if not moving:
-        return effect, None
-    largest = max(moving, key=lambda at: bases[at].numel())
-    base, rows, effect_here = bases[largest], bases[largest].shape[0], changes[largest]
-    if rows < 2:
-        return effect, None
-    one_hot = torch.zeros(rows)
-    one_hot[0] = 1.0
-    try:
-        moved = outputs(one_hot)[largest]
-    except CoefficientError:
-        return effect, None
-    noise = 1e-3 * effect_here
-    return effect, bool((moved[1:] - base[1:]).abs().max() <= noise)
+def _whole(adapters: Layers) -> list[Tensor]:
+    """The trained tensors whose gradient is all of it."""
+    each = [adapter for layers in adapters.values() for adapter in layers.values()]
+    return [
+        p for adapter in each for key, p in adapter.named_parameters() if p.requires_grad and key not in adapter.inexact
+    ]
 
 
-def _raise_findings(report: CheckReport, adapters: Mapping[str, Mapping[str, Adapter]], model: nn.Module) -> None:
+def _find_dead(model: nn.Module, batch: Any, adapters: Layers, report: CheckReport) -> None:
+    """Raise for an adapter whose change reaches no output, among those without a gradient to tell."""
+    asked: dict[str, dict[str, Adapter]] = {}
+    for name, layers in report.layers.items():
+        told = {path for path, layer in layers.items() if layer.calls == 0 or any(layer.grad_norms.values())}
+        asked[name] = {path: adapter for path, adapter in adapters[name].items() if path not in told}
+    for name, path in without_effect(model, batch, asked):
+        raise CheckError(
+            f"adapter {name!r} on {path} ran, but leaving it out changes no output: what its layer computes is not "
+            "used for this batch; leave it out with exclude_names, or give other batches"
+        )
+
+
+def _raise_untrue(model: nn.Module, batch: Any, adapters: Layers, report: CheckReport) -> None:
+    """Raise where backward contradicts the differences, or where they tell nothing and a layer is known to cut it."""
+    assert report.gradient is not None
+    unknown = report.gradient.error is None and bool(report.cut_layers)
+    if not (report.gradient.wrong or unknown):
+        return
+    words = [str(report.gradient)]
+    words += [cut_words(report.cut_layers)] if report.cut_layers else []
+    dead = [] if unknown else without_effect(model, batch, adapters)
+    dead = [(name, path) for name, path in dead if report.layers[name][path].calls]
+    words += [f"adapter {name!r} on {path} changes no output although it gets a gradient" for name, path in dead]
+    raise CheckError(
+        f"the gradients are not those of the loss: {'; '.join(words)}. Something in the model cuts or replaces what "
+        "goes back through it (a layer that detaches its input, a kernel without a backward, rounded activations): "
+        "train on another form of it (weights quantised alone, another kernel), and quantise afterwards; a method that "
+        "leaves out a term on purpose names the tensors in its `inexact`"
+    )
+
+
+def _raise_findings(report: CheckReport, adapters: Layers) -> None:
     for name, layers in report.layers.items():
         for path, layer in layers.items():
             if path in report.idle_experts:
@@ -243,11 +222,18 @@ def _raise_findings(report: CheckReport, adapters: Mapping[str, Mapping[str, Ada
                 )
             if not all(norm < float("inf") for norm in norms):
                 raise CheckError(f"adapter {name!r} on {path} got a gradient that is not finite: {layer.grad_norms}")
+            if not layer.moves:
+                raise CheckError(
+                    f"adapter {name!r} on {path} ran, but changes nothing of what its layer reads or gives; is its "
+                    "coefficient 0, or its change rounded away?"
+                )
     if not report.effect > 0:
         raise CheckError("turning the coefficient from 0 to 1 changes no output, although adapters ran")
     if report.rows_independent is False:
-        raise CheckError("a coefficient for one row moved others too: this model mixes the rows of a batch")
-    _compare_processes(report, model)
+        raise CheckError(
+            "a coefficient for one row moved others too, or not all of its own: this model mixes the rows of a batch, "
+            "or a part of it has other rows (images of which a text has several)"
+        )
 
 
 def _compare_processes(report: CheckReport, model: nn.Module) -> None:

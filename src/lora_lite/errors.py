@@ -37,6 +37,10 @@ class NotAffineError(LoraLiteError, ValueError):
     """The stack of a layer is not an affine function of its input, so no plain weight equals it."""
 
 
+class MethodError(LoraLiteError, TypeError):
+    """What a method's `before` or `change` returned does not have the shape or dtype that its layer needs."""
+
+
 class CheckError(LoraLiteError, RuntimeError):
     """`check` found an adapter that has no effect or gets no usable gradient."""
 

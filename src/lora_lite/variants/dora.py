@@ -39,6 +39,7 @@ class DoRA(Adapter):
     """Magnitude and direction of W's rows, trained apart. c multiplies the whole change; the bias is not scaled."""
 
     W_norm: Tensor
+    inexact = ("A", "B")  # the paper holds the norm constant in backward (its section 4.3)
 
     def __init__(self, cfg: DoRAConfig, i: int, o: int) -> None:
         super().__init__(cfg)
