@@ -241,7 +241,7 @@ def test_replicas_of_data_parallel_are_refused_within_a_block() -> None:
 
 @pytest.mark.parametrize("method", ["lora", "ia3_ff", "hra", "dora"])
 def test_torchs_encoder_has_gradients_in_eval_mode(method: str) -> None:
-    """There the frozen base would hand its second layer nested tensors, which attention takes without gradients only."""
+    """There the frozen base would hand its second layer nested tensors, which attention takes without gradients."""
     torch.manual_seed(0)
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
     x, padding = torch.randn(3, 5, 16), torch.arange(5) >= torch.tensor([[5], [3], [4]])

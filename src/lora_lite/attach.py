@@ -1,36 +1,33 @@
 """Attach adapters to a model, and take them off again."""
 
-import re
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lora_lite.adapter import Adapter, adapters_on, derive, full_precision, variant_of
+from lora_lite.adapter import Adapter, derive, full_precision, variant_of
 from lora_lite.attachment import Attachment, attachment, is_adapters_key
+from lora_lite.basis import factorising
 from lora_lite.buffers import moved_buffers, moving_buffers, same_bits
 from lora_lite.calibration import calibrate
 from lora_lite.config import AdapterConfig
 from lora_lite.cost import AttachCost, peak_memory_mb
 from lora_lite.dial import Dial
-from lora_lite.errors import CalibrationError, LoraLiteWarning, StateError, TargetError
+from lora_lite.errors import CalibrationError, LoraLiteWarning, TargetError
 from lora_lite.hooks import hook_layer, hook_root
-from lora_lite.linear import computes_its_weight, dense, execution_device, is_read_uncalled, is_sharded, shape
+from lora_lite.linear import execution_device, shape
 from lora_lite.packing import allow_packing, forbid_packing, packing_forbidden
-from lora_lite.patterns import matches, near_misses
 from lora_lite.processes import broadcast, meet
-from lora_lite.state import ROOT, Attached, State, find_root, refuse_merged, root_of, trained_also
+from lora_lite.readiness import ask_layer, check_layer, refuse_unready, taken_parameters
+from lora_lite.state import ROOT, Attached, State, refuse_merged, root_of, trained_also
 from lora_lite.stats import Statistics, generator
-from lora_lite.targets import left_out, left_out_words, select, selection, uncovered
-from lora_lite.train_also import forget_originals
+from lora_lite.targets import Selection, left_out, left_out_words, selection, uncovered
+from lora_lite.train_also import find_train_also, forget_originals
 from lora_lite.transaction import Transaction
-
-ADAPTER_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
-WRAPPERS = ("OptimizedModule", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule")
 
 
 def attach(
@@ -75,7 +72,7 @@ def _attach(
     train_also: Sequence[str],
     undo: Transaction,
 ) -> Attachment:
-    targets = select_all(model, configs)
+    targets, selections = select_all(model, configs)
     also = find_train_also(model, targets, train_also)
     layers = {path: layer for path, (layer, _) in targets.items()}
     needs = {path: variant_of(configs[index]).needs(configs[index]) for path, (_, index) in targets.items()}
@@ -83,7 +80,7 @@ def _attach(
     with cost("calibration"), packing_forbidden(model):
         for path, (layer, index) in targets.items():
             if variant_of(configs[index]).reads_weight:
-                _ask_layer(path, layer)
+                ask_layer(path, layer)
         needy = {path: layers[path] for path, need in needs.items() if need}
         stats, (cost.tokens, cost.statistics_bytes) = calibrate(model, needy, needs, calibration_data)
     with cost("factorisation"):
@@ -98,7 +95,6 @@ def _attach(
     indices = {path: index for path, (_, index) in targets.items() if path in built}
     if missing := uncovered(model):
         _warn_uncovered(missing)
-    selections = [selection(model, each) for each in configs]
     if words := left_out_words(selections):
         warnings.warn(words, LoraLiteWarning, stacklevel=2)
     pairs = {path: (layers[path], adapter) for path, adapter in built.items()}
@@ -119,45 +115,22 @@ def _warn_uncovered(missing: dict[str, int]) -> None:
     )
 
 
-def refuse_unready(model: nn.Module, name: str) -> None:
-    """Raise a `StateError` that says why the model cannot take an adapter of that name, if so."""
-    if not ADAPTER_NAME.fullmatch(name) or hasattr(nn.ModuleDict(), name):
-        raise StateError(
-            f"adapter name {name!r}: must match {ADAPTER_NAME.pattern} and be no attribute of nn.ModuleDict"
-        )
-    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
-        raise StateError("the model is under torch.inference_mode, where nothing can be trained; leave it first")
-    for path, module in model.named_modules():
-        if any(cls.__name__ in WRAPPERS for cls in type(module).__mro__):
-            raise StateError(
-                f"{path or 'the model'} is a {type(module).__name__}: attach first, then wrap or shard (or compile) it"
-            )
-    if sharded := next((key for key, p in model.named_parameters() if is_sharded(p)), None):
-        raise StateError(f"{sharded} is sharded: attach first, then shard (gradients would not be reduced)")
-    found = find_root(model)
-    if found is None:
-        if any(isinstance(module, Adapter) for module in model.modules()):
-            raise StateError("this module lies within one that has adapters: attach to that one")
-        return
-    root, state = found
-    if root is not model:
-        raise StateError(
-            f"adapters hang on the {type(root).__name__} within this model: pass the same module each time"
-        )
-    refuse_merged(state, "attach")
-    if name in state.adapters:
-        raise StateError(f"an adapter named {name!r} is attached already; detach it or choose another name")
+def select_all(
+    model: nn.Module, configs: Sequence[AdapterConfig]
+) -> tuple[dict[str, tuple[nn.Module, int]], list[Selection]]:
+    """The targets of all configs, path -> (layer, index of its config), and what each config selects.
 
-
-def select_all(model: nn.Module, configs: Sequence[AdapterConfig]) -> dict[str, tuple[nn.Module, int]]:
-    """The targets of all configs: path -> (layer, index of its config). Raises `TargetError` where they overlap."""
+    Raises `TargetError` where they overlap.
+    """
     if not configs:
         raise ValueError("attach needs at least one config")
     targets: dict[str, tuple[nn.Module, int]] = {}
     taken = taken_parameters(model)
-    for index, cfg in enumerate(configs):
+    for cfg in configs:
         variant_of(cfg)
-        for path, layer in select(model, cfg).items():
+    selections = [selection(model, cfg) for cfg in configs]
+    for index, each in enumerate(selections):
+        for path, layer in each.layers.items():
             if path in targets:
                 raise TargetError(f"{path} is selected by configs {targets[path][1]} and {index}; make them disjoint")
             check_layer(path, layer, taken)
@@ -170,84 +143,7 @@ def select_all(model: nn.Module, configs: Sequence[AdapterConfig]) -> dict[str, 
                 f"{path} lies within {above[0]}, so one weight would be adapted twice (is the model wrapped by peft? "
                 "then unload it first); leave one out with exclude_names"
             )
-    return targets
-
-
-def taken_parameters(model: nn.Module) -> dict[int, tuple[str, str]]:
-    """The base parameters that adapters train (`train_also`), by identity: (adapter, parameter name)."""
-    found = find_root(model)
-    names = found[1].adapters if found else ()
-    return {id(p): (name, key) for name in names for key, p in trained_also(model, name).items()}
-
-
-def check_layer(path: str, layer: nn.Module, taken: Mapping[int, tuple[str, str]]) -> None:
-    """Refuse a layer that cannot carry an adapter; `taken` as `taken_parameters` gives it."""
-    if layer.weight.is_meta:
-        raise TargetError(
-            f"{path}: its weight is on the meta device (offloaded, or never loaded); keep targets in memory, or leave "
-            "this layer out with layers or exclude_names"
-        )
-    if is_read_uncalled(layer):
-        raise TargetError(
-            f"{path}: nn.MultiheadAttention reads its weight without calling it, so an adapter on it would never act; "
-            "leave it out with exclude_names"
-        )
-    for parameter in layer.parameters(recurse=False):
-        if id(parameter) in taken:
-            name, key = taken[id(parameter)]
-            raise TargetError(f"{path}: adapter {name!r} trains {key} (train_also), so nothing can be built on it")
-    store = layer._modules.get("lora", getattr(layer, "lora", None))
-    if store is not None and not (isinstance(store, nn.ModuleDict) and len(adapters_on(layer)) == len(store)):
-        raise TargetError(f"{path}: has an attribute 'lora' of its own; leave it out with exclude_names")
-
-
-def _ask_layer(path: str, layer: nn.Module) -> None:
-    """Refuse a layer whose output is not that of the weight that a method would read; asked with one random row."""
-    weight: torch.Tensor = layer.weight  # type: ignore[assignment]
-    device = execution_device(layer)
-    if hasattr(layer, "_hf_hook") or device != weight.device:
-        return  # its own forward is wrapped, or its weight is elsewhere
-    dtype = weight.dtype if weight.dtype.is_floating_point and weight.dtype.itemsize > 1 else torch.float32
-    x = torch.randn(1, shape(layer)[0], generator=generator(0, path), dtype=torch.float32, device="cpu")
-    if not computes_its_weight(layer, x.to(device, dtype)):
-        if not torch.isfinite(dense(layer, torch.promote_types(dtype, torch.float32))).all():  # 8 bits have no isfinite
-            raise TargetError(f"{path}: its weight holds NaN or infinite values, so no method that reads it can start")
-        raise TargetError(
-            f"{path}: this {type(layer).__name__} computes something else than W x + b for the weight that it holds, "
-            "so a method that reads W is wrong here; leave it out with exclude_names, or use one that does not (lora)"
-        )
-
-
-def find_train_also(
-    model: nn.Module, targets: dict[str, tuple[nn.Module, int]], patterns: Sequence[str]
-) -> dict[str, nn.Parameter]:
-    """The base parameters that `train_also` names, by their (first) name; those of adapted layers are refused."""
-    if isinstance(patterns, str):
-        raise ValueError(f"train_also = {patterns!r}: must be a sequence of regexes, e.g. ('lm_head',)")
-    named = {key: p for key, p in model.named_parameters(remove_duplicate=False) if not is_adapters_key(key, model)}
-    adapted = {id(p) for layer, _ in targets.values() for p in layer.parameters()}
-    found = find_root(model)
-    for attached in found[1].adapters.values() if found else ():
-        adapted |= {id(named[key]) for key in attached.originals}
-        adapted |= {id(p) for path in attached.targets for p in model.get_submodule(path).parameters()}
-    chosen: dict[int, tuple[str, nn.Parameter]] = {}
-    owners = [key.rpartition(".")[0] or key for key in named]
-    for pattern in patterns:
-        try:
-            matching = {key: p for key, p in named.items() if matches(pattern, key)}
-        except ValueError as error:
-            raise TargetError(f"train_also: {error}") from error
-        if not matching:
-            raise TargetError(f"train_also: {pattern!r} matches no parameter; {near_misses(pattern, owners)}")
-        for key, parameter in matching.items():
-            if parameter.is_meta or is_sharded(parameter):
-                raise TargetError(f"train_also: {key} is offloaded (meta) or sharded; attach before that")
-            if id(parameter) in adapted or not parameter.is_floating_point():
-                raise TargetError(
-                    f"train_also: {key} belongs to an adapter already, or is quantised; narrow {pattern!r}"
-                )
-            chosen.setdefault(id(parameter), (key, parameter))  # a tied parameter counts once
-    return dict(chosen.values())
+    return targets, selections
 
 
 def _plan(
@@ -271,12 +167,11 @@ def _build(cfg: AdapterConfig, path: str, layer: nn.Module, stats: Statistics | 
     own = {key: p.data for key, p in layer.named_parameters(recurse=False) if type(p.data) is Tensor and not p.is_meta}
     bits = [(key, data, data.clone()) for key, data in own.items()]
     try:
-        with torch.no_grad(), torch.device("cpu"), full_precision(layer.weight.device):  # type: ignore[union-attr, arg-type]
+        full = full_precision(layer.weight.device)  # type: ignore[union-attr, arg-type]
+        with torch.no_grad(), torch.device("cpu"), full, factorising(path):
             adapter = variant_of(cfg)(cfg, *shape(layer))  # type: ignore[call-arg]
             adapter.init(layer, stats, generator(cfg.seed, path))
             adapter.to(execution_device(layer))
-    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        raise TargetError(f"{path}: its weight cannot be factorised; does it hold NaN or infinite values?") from error
     except CalibrationError as error:
         raise CalibrationError(f"{path}: {error}") from error
     except ValueError as error:

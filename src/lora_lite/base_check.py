@@ -23,7 +23,7 @@ SAMPLES = 32
 # On SmolLM2, worst of 210 layers: bf16 1.000, int8 1.000, nf4 0.990, fp4 0.981, changed by 10% 0.990, by 30% 0.916;
 # weights of other models at most 0.45 (docs/LOG.md).
 SKETCH_COSINE = 0.8
-# ||s - s'|| / max(||s||, ||s'||) of a parameter's samples: sqrt(2) for independent ones, 1 for zeros that are no longer.
+# ||s - s'|| / max(||s||, ||s'||) of a parameter's samples: sqrt(2) for independent ones, 1 where one of them is zero.
 SAMPLE_DISTANCE = 0.8
 
 
@@ -40,7 +40,7 @@ def sketch(layer: nn.Module, path: str) -> Tensor:
 def samples(root: nn.Module, targets: Iterable[str], also: Iterable[str]) -> Samples:
     """Up to 32 evenly spaced values (fp32) of each parameter of the base, and its shape, by name.
 
-    Left out: the weights of `targets`, which have sketches; the parameters named in `also`, whose values the file holds;
+    Left out: the weights of `targets`, which have sketches; those named in `also`, whose values the file holds;
     quantised, sharded and offloaded ones. Those that another adapter trains (`train_also`) are as they were before.
     """
     found = find_root(root)
@@ -85,13 +85,13 @@ def refuse_another_base(
             f"{SKETCH_COSINE} (load(..., base='any') skips this check)"
         )
     here = samples(root, layers, also)
-    for key in here.keys() & sampled.keys():
+    for key in [key for key in here if key in sampled]:
         (mine, shape_here), (theirs, shape_there) = here[key], sampled[key]
         if shape_here == shape_there and not _distance(mine, theirs) <= SAMPLE_DISTANCE:
             raise BaseMismatchError(
-                f"{where}: {key}, which the file does not hold, has other values here than where it was trained (a new, "
-                "random head?); load the model that it was trained on, train it with attach(train_also=...), or skip "
-                "this check with load(..., base='any')"
+                f"{where}: {key}, which the file does not hold, has other values here than where it was trained (a "
+                "new, random head?); load the model that it was trained on, train it with attach(train_also=...), or "
+                "skip this check with load(..., base='any')"
             )
 
 

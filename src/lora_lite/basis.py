@@ -1,10 +1,24 @@
 """Orthonormal directions of matrices: singular vectors of a weight, eigenvectors of a second moment."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lora_lite.errors import TargetError
+
 ONE_SIZE = 0.1  # of the largest singular value: above, fp32 keeps directions orthogonal to 1e-5
+
+
+@contextmanager
+def factorising(path: str) -> Iterator[None]:
+    """Say of which layer's weight torch could not find the factors."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise TargetError(f"{path}: its weight cannot be factorised; does it hold NaN or infinite values?") from error
 
 
 def leading_eigenvectors(

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lora_lite.adapter import full_precision, variants
+from lora_lite.basis import factorising
 from lora_lite.contrast import Contrast
-from lora_lite.errors import CalibrationError, LoraLiteWarning, TargetError
+from lora_lite.errors import CalibrationError, LoraLiteWarning
 from lora_lite.frozen_basis import KINDS, Basis
 from lora_lite.linear import bias, shape
 from lora_lite.processes import add_up
@@ -26,10 +27,8 @@ MASKS = ("attention_mask", "decoder_attention_mask")
 
 
 def _prepared(path: str, layer: nn.Module, prepare: Callable[[nn.Module], Any]) -> Any:
-    try:
+    with factorising(path):
         return prepare(layer)
-    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        raise TargetError(f"{path}: its weight cannot be factorised; does it hold NaN or infinite values?") from error
 
 
 class Collector:

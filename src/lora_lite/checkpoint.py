@@ -16,13 +16,15 @@ from lora_lite import rebuild
 from lora_lite.adapter import Adapter, derive, full_precision, variant_of
 from lora_lite.adapter_file import FORMAT, METADATA_KEY, File, Room, checksum, empty_adapter, read
 from lora_lite.atomic import expanded, file_status, write_atomically
-from lora_lite.attach import check_layer, commit, find_train_also, refuse_unready, taken_parameters
+from lora_lite.attach import commit
 from lora_lite.attachment import Attachment, attachment, is_adapters_key
 from lora_lite.base_check import refuse_another_base, samples, sketch
 from lora_lite.buffers import moved_buffers, moving_buffers, same_bits
 from lora_lite.errors import BaseMismatchError, CheckpointError, NotAFileError, StateError, TargetError
 from lora_lite.linear import dense, execution_device, is_linear, shape
+from lora_lite.readiness import check_layer, refuse_unready, taken_parameters
 from lora_lite.state import State, adapters_of, find_root, refuse_merged, root_of, trained_also
+from lora_lite.train_also import find_train_also
 from lora_lite.transaction import Transaction
 
 
@@ -44,8 +46,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
     Raises:
         StateError: no such adapter, a target that was replaced since attach, or merged; or a parameter that requires a
             gradient and belongs to no adapter, so that what it learns would be lost.
-        CheckpointError: a tensor that is not finite, more than `load` would read, a path that is a folder, a device or a pipe, or `basis=False` for
-            a basis that the weights do not tell.
+        CheckpointError: a tensor that is not finite, more than `load` would read, a path that is a folder, a device or
+            a pipe, or `basis=False` for a basis that the weights do not tell.
     """
     root, state = root_of(model, name)
     refuse_merged(state, "save")
@@ -74,9 +76,9 @@ def _refuse_lost(root: nn.Module, state: State) -> None:
     wanting = {key: p for key, p in root.named_parameters() if p.requires_grad and id(p) not in held}
     if lost := [key for key in wanting if not is_adapters_key(key, root)]:
         raise StateError(
-            f"save: {lost[0]} requires a gradient, but belongs to no adapter, so that no file would hold what it learns "
-            f"(of {len(lost)} such parameters). Name it in attach(train_also=...), or freeze it (requires_grad_(False)) "
-            "if it does not train, or you keep it yourself"
+            f"save: {lost[0]} requires a gradient, but belongs to no adapter, so that no file would hold what it "
+            f"learns (of {len(lost)} such parameters). Name it in attach(train_also=...), or freeze it "
+            "(requires_grad_(False)) if it does not train, or you keep it yourself"
         )
 
 
@@ -210,7 +212,7 @@ def _find_buffers(root: nn.Module, file: File) -> dict[str, Tensor]:
             )
         if key in moved and not same_bits(moved[key], value.to(moved[key].dtype)):
             raise StateError(
-                f"{file.where}: holds {key}, which another adapter's training moved to other values here; detach that one"
+                f"{file.where}: holds {key}, which another adapter's training moved to other values; detach that one"
             )
     return {key: there[key] for key in file.buffers}
 

@@ -174,8 +174,8 @@ def left_out_words(selections: Sequence[Selection]) -> str:
         return ""
     return (
         f"{len(found)} linear layers left out by default, for instance {', '.join(found[:2])}: they neither read nor "
-        "write a residual stream, are a head, or are never called (nn.MultiheadAttention's out_proj); name them in target_names to adapt them, or give target_roles and "
-        "exclude_names to leave them out"
+        "write a residual stream, are a head, or are never called (nn.MultiheadAttention's out_proj); name them in "
+        "target_names to adapt them, or give target_roles and exclude_names to leave them out"
     )
 
 

@@ -1,16 +1,20 @@
-"""`train_also` weights and running averages as they were at attach, for `disabled`.
+"""`train_also` weights: which they are; and as they were at attach (running averages too), for `disabled`.
 
 A module's `_parameters` (and `_buffers`) is replaced by a dict that gives the original where the context says so. So
 nothing is written, other threads read on what is trained, and parameters are listed, saved and moved as ever.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from lora_lite.errors import StateError
-from lora_lite.state import State, trained_also
+from lora_lite.attachment import is_adapters_key
+from lora_lite.errors import StateError, TargetError
+from lora_lite.linear import is_sharded
+from lora_lite.patterns import matches, near_misses
+from lora_lite.state import State, find_root, trained_also
 
 
 class Substituting(dict[str, Any]):
@@ -64,8 +68,8 @@ def substitute_originals(root: nn.Module, state: State) -> None:
         moving = any((f"{path}.{name}" if path else name) in state.buffers for name in module._buffers)
         if (also or moving) and module in compiled:
             raise StateError(
-                f"disabled: {path or 'the model'} is compiled and trained as well (train_also), and compiled code reads "
-                "its weights as they are; use a model that is not compiled here"
+                f"disabled: {path or 'the model'} is compiled and trained as well (train_also), and compiled code "
+                "reads its weights as they are; use a model that is not compiled here"
             )
         if also:
             found = Substituting(module._parameters)
@@ -83,3 +87,35 @@ def forget_originals(root: nn.Module) -> None:
             module._parameters = dict(module._parameters)
         if isinstance(module._buffers, SubstitutingBuffers):
             module._buffers = dict(module._buffers)
+
+
+def find_train_also(
+    model: nn.Module, targets: dict[str, tuple[nn.Module, int]], patterns: Sequence[str]
+) -> dict[str, nn.Parameter]:
+    """The base parameters that `train_also` names, by their (first) name; those of adapted layers are refused."""
+    if isinstance(patterns, str):
+        raise ValueError(f"train_also = {patterns!r}: must be a sequence of regexes, e.g. ('lm_head',)")
+    named = {key: p for key, p in model.named_parameters(remove_duplicate=False) if not is_adapters_key(key, model)}
+    adapted = {id(p) for layer, _ in targets.values() for p in layer.parameters()}
+    found = find_root(model)
+    for attached in found[1].adapters.values() if found else ():
+        adapted |= {id(named[key]) for key in attached.originals}
+        adapted |= {id(p) for path in attached.targets for p in model.get_submodule(path).parameters()}
+    chosen: dict[int, tuple[str, nn.Parameter]] = {}
+    owners = [key.rpartition(".")[0] or key for key in named]
+    for pattern in patterns:
+        try:
+            matching = {key: p for key, p in named.items() if matches(pattern, key)}
+        except ValueError as error:
+            raise TargetError(f"train_also: {error}") from error
+        if not matching:
+            raise TargetError(f"train_also: {pattern!r} matches no parameter; {near_misses(pattern, owners)}")
+        for key, parameter in matching.items():
+            if parameter.is_meta or is_sharded(parameter):
+                raise TargetError(f"train_also: {key} is offloaded (meta) or sharded; attach before that")
+            if id(parameter) in adapted or not parameter.is_floating_point():
+                raise TargetError(
+                    f"train_also: {key} belongs to an adapter already, or is quantised; narrow {pattern!r}"
+                )
+            chosen.setdefault(id(parameter), (key, parameter))  # a tied parameter counts once
+    return dict(chosen.values())

@@ -101,7 +101,7 @@ class Probe:
     # ---- checks
 
     def targets(self) -> Found:
-        wanted = set(select_all(self.model, self.configs))
+        wanted = set(select_all(self.model, self.configs)[0])
         self.att = ll.attach(self.model, self.configs, self.data, train_also=self.also)
         ran: set[str] = set()
         handles = [
