@@ -24,6 +24,12 @@ def test_two_processes_over_gloo(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
+    alone_words = (tmp_path / "alone-0.txt").read_text()
+    assert "attach was called by process 0, but not within 2 s by [1]" in alone_words
+    assert not (tmp_path / "alone-1.txt").exists()
+    for rank in range(2):
+        assert f"process {rank} attaches 'default': LoRAConfig" in (tmp_path / f"different-{rank}.txt").read_text()
+
     assert (tmp_path / "eva-0.safetensors").read_bytes() == (tmp_path / "eva-1.safetensors").read_bytes()
     alone = tiny_llama()
     att = ll.attach(alone, ll.EVAConfig(r=4), [{"input_ids": token_ids(seed=10 + rank)} for rank in range(2)])
