@@ -200,7 +200,8 @@ def perform(job: Job, bench: Workbench, scratch: Path) -> dict[str, Any]:
     assert job.arm is not None
     if job.kind == "cost":
         study = bench.study
-        return {"cost": measured_costs(study.model, job.arm.with_seed(job.seed), bench.dtype, study.quantization)}
+        configs, trust = job.arm.with_seed(job.seed), study.trust_remote_code
+        return {"cost": measured_costs(study.model, configs, bench.dtype, study.quantization, trust_remote_code=trust)}
     return train_and_measure(job, bench, scratch)
 
 

@@ -119,6 +119,11 @@ def _unreadable(folder: str, name: str, error: Exception) -> ModelError:
     if not isinstance(error, (OSError, ValueError, ImportError)):  # whose message alone says little
         reason = f"{type(error).__name__}: {reason}; a file of it is damaged, or does not belong to the others"
     where = f"the folder {folder}" if Path(folder).is_dir() else f"the hub (no folder {folder!r} here)"
+    if "trust_remote_code" in reason:
+        return ModelError(
+            f"cannot load a causal language model {name!r} from {where}: it brings code of its own, which is not run "
+            "unless you say so; read it, and give --trust-remote-code (trust_remote_code=True in Python)"
+        )
     return ModelError(
         f"cannot load a causal language model {name!r} from {where}: {reason}\n"
         f"Mend it: use {EMBEDDED!r} (needs no network), the folder of a model saved with save_pretrained, or a hub "
