@@ -34,7 +34,7 @@ class Analysis:
     def __init__(self, folder: Path) -> None:
         self.study, self.plan = read_plan(folder)
         self.ledger = Ledger(folder)
-        self.read = functools.cache(self.ledger.read)  # each file once, whatever other processes add meanwhile
+        self.read = functools.cache(self.ledger.figures)  # each file once, whatever other processes add meanwhile
         self.arms = self.study.arms()
         self.rates = chosen_rates(self.study, self.plan, self.ledger)
         self.base = self.of(Job("base"))
