@@ -49,7 +49,7 @@ def test_a_folder_of_another_study_is_refused_and_stays(model: str, tmp_path: Pa
 
 
 def test_a_failed_base_and_failed_costs_are_told(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> Any:
+    def fail(*_: Any, **__: Any) -> Any:
         raise MeasureError("no figure")
 
     monkeypatch.setattr(bench, "measured_costs", fail)
@@ -114,6 +114,7 @@ def test_a_record_without_its_figures_is_a_sentence(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ledger = bench.run_study(small(model, methods=("lora",), rates=1, seeds=1), tmp_path)
+    capsys.readouterr()
     for record in list(ledger.records()):
         path = ledger.runs / f"{record['id']}.json"
         whole, config = path.read_bytes(), record["config"]
