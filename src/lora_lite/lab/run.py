@@ -6,13 +6,14 @@
 import dataclasses
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import lora_lite as ll
 from lora_lite.adapter import variant_of
@@ -109,13 +110,7 @@ def _finetune(
         trackers.finish({"accuracy_before": before.accuracy, "accuracy_after": after.accuracy})
     adapter = ll.save(model, place.adapter)
     with clock("reload"):
-        # Answered anew, in one batch: padded otherwise, a near tie could turn out otherwise.
-        examples = test_set[: run.reload_examples]
-        if examples:
-            answers = evaluate(model, tokenizer, task, examples, progress=False)
-            fresh = load()
-            ll.load(fresh[0], adapter)
-            require_same_answers(answers, evaluate(*fresh, task, examples, progress=False), adapter)
+        compare_reloaded(load, model, tokenizer, task, test_set[: run.reload_examples], adapter)
     result = Result(before, after, progress, att.summary(), clock.seconds, data)
     result.summary = summarize(run, method, training, result, att, device, dtype, adapter)
     write_result(place.result, result)
@@ -142,6 +137,24 @@ def calibration(
     starts = range(0, min(len(items), number * batch_size), batch_size)
     batches = [collate(items[start : start + batch_size], pad) for start in starts]
     return [{key: batch[key] for key in ("input_ids", "attention_mask")} for batch in batches]
+
+
+def compare_reloaded(
+    load: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    examples: Sequence[Example],
+    adapter: Path,
+) -> None:
+    """Load an adapter's file onto a fresh base, and raise `RunError` where it answers otherwise than `model` does."""
+    if not examples:
+        return
+    # Answered anew, in one batch: padded otherwise, a near tie could turn out otherwise.
+    answers = evaluate(model, tokenizer, task, examples, progress=False)
+    fresh = load()
+    ll.load(fresh[0], adapter)
+    require_same_answers(answers, evaluate(*fresh, task, examples, progress=False), adapter)
 
 
 def require_same_answers(trained: Evaluation, reloaded: Evaluation, adapter: Path) -> None:
