@@ -8,6 +8,10 @@ VARIANT ?= lora
 JOBS ?= 2
 ARGS ?=
 
+# What an earlier demo left is gone on with, or told again if it is whole; --resume of nothing would be refused.
+DEMO := runs/demo-$(VARIANT)
+DEMO_RESUME := $(if $(wildcard $(DEMO)/checkpoints/step-* $(DEMO)/result.json),--resume)
+
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP_FLAGS := --disable-pip-version-check --no-compile -c constraints.txt
@@ -54,7 +58,7 @@ browser: ## install chromium for the tests of pages, where apt-get and root are 
 	fi
 
 demo: $(STAMP) ## fine-tune, measure, save and reload an adapter on the embedded model
-	$(BIN)/lora-lite train --preset demo --resume --out runs/demo-$(VARIANT) $(VARIANT) $(ARGS)
+	$(BIN)/lora-lite train --preset demo $(DEMO_RESUME) --out $(DEMO) $(VARIANT) $(ARGS)
 
 bench: $(STAMP) ## compare three methods in minutes and make the page: the small version of the committed study
 	$(BIN)/lora-lite study methods --smoke --out runs/bench $(ARGS)

@@ -97,6 +97,28 @@ def test_equal_commands_give_equal_results(folder: Path, capsys: pytest.CaptureF
     assert seen[0] == seen[1]
 
 
+def test_a_finished_run_is_told_again_and_no_other(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(folder, "lora") == 0
+    first = capsys.readouterr().out
+    before = {path: path.read_bytes() for path in (folder / "out").iterdir()}
+    assert train(folder, "--resume", "lora") == 0
+    again = capsys.readouterr()
+    assert "is finished" in again.out + again.err
+    assert again.out.splitlines()[-1] == first.splitlines()[-1]
+    assert first[first.index("held-out items") :].splitlines()[-20:-1] == again.out.splitlines()[-20:-1]
+    for other, words in (
+        (["--steps", "4", "lora"], "training.steps: 3 there, 4 now"), (["lora", "--r", "2"], "r: 8 there, 2 now"),
+        (["dora"], "methods.0.variant: 'lora' there, 'dora' now"),
+    ):  # fmt: skip
+        assert train(folder, "--resume", *other) == 1
+        told = capsys.readouterr().err
+        assert words in told and "give another --out, or --overwrite" in told and len(told.splitlines()) == 1
+    assert {path: path.read_bytes() for path in (folder / "out").iterdir()} == before
+    (folder / "out" / "result.json").write_text("{}")
+    assert train(folder, "--resume", "lora") == 1
+    assert "result.json is damaged, or another version" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [(["lora", "--target-names", "q_prj"], "near misses: q_proj"), (["--task", "gdc", "lora"], "did you mean gcd")],

@@ -10,8 +10,9 @@ import pytest
 import torch
 from lab_helpers import save_tiny
 
-from lora_lite.lab import models
-from lora_lite.lab.models import CacheWarning, ModelError, load_model, model_config
+from lora_lite.lab import embedded
+from lora_lite.lab.embedded import CacheWarning, ModelError
+from lora_lite.lab.models import load_model, model_config
 
 
 def test_the_embedded_model_speaks(smollm) -> None:
@@ -39,7 +40,7 @@ def test_the_weights_are_the_files(smollm) -> None:
     """Against an independent reading of the GGUF blocks: bit for bit, rounded once to the stored dtype."""
     model, _ = smollm
     state = model.state_dict()
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(models._find_gguf()).tensors}
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(embedded._find_gguf()).tensors}
 
     def read(name: str) -> np.ndarray:
         return gguf.dequantize(tensors[name].data, tensors[name].tensor_type)
@@ -59,7 +60,7 @@ def test_the_weights_are_the_files(smollm) -> None:
     }
     for name, array in expected.items():
         exact = torch.from_numpy(np.array(array))
-        assert torch.equal(state[name], exact.to(models.STORED_DTYPE).float()), name
+        assert torch.equal(state[name], exact.to(embedded.STORED_DTYPE).float()), name
         assert (state[name] - exact).abs().max() <= 2**-8 * exact.abs().max(), name
 
 
@@ -115,7 +116,7 @@ def fake_wheel(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         (folder / "model.safetensors").write_bytes(b"weights" * 100)
         (folder / "config.json").write_text("{}")
 
-    monkeypatch.setattr(models, "convert_gguf", convert)
+    monkeypatch.setattr(embedded, "convert_gguf", convert)
     return built
 
 
@@ -135,11 +136,11 @@ DAMAGES = {
     "truncated": (truncate, "model.safetensors does not match"),
     "a bit flipped": (flip_a_bit, "model.safetensors does not match"),
     "a file gone": (lambda folder: (folder / "config.json").unlink(), "no config.json"),
-    "no checksums": (lambda folder: (folder / models.CHECKSUMS).unlink(), "no checksums.json"),
-    "checksums cut": (lambda folder: (folder / models.CHECKSUMS).write_text('{"model'), "unreadable"),
-    "checksums not text": (lambda folder: (folder / models.CHECKSUMS).write_bytes(b"\xff\xfe"), "unreadable"),
-    "checksums empty": (lambda folder: (folder / models.CHECKSUMS).write_text("{}"), "names no files"),
-    "checksums a list": (lambda folder: (folder / models.CHECKSUMS).write_text("[1]"), "names no files"),
+    "no checksums": (lambda folder: (folder / embedded.CHECKSUMS).unlink(), "no checksums.json"),
+    "checksums cut": (lambda folder: (folder / embedded.CHECKSUMS).write_text('{"model'), "unreadable"),
+    "checksums not text": (lambda folder: (folder / embedded.CHECKSUMS).write_bytes(b"\xff\xfe"), "unreadable"),
+    "checksums empty": (lambda folder: (folder / embedded.CHECKSUMS).write_text("{}"), "names no files"),
+    "checksums a list": (lambda folder: (folder / embedded.CHECKSUMS).write_text("[1]"), "names no files"),
 }
 
 
@@ -148,13 +149,13 @@ def test_a_damaged_cache_is_found_said_and_rebuilt(name: str, tmp_path: Path, fa
     damage, message = DAMAGES[name]
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a missing cache is no damage
-        folder = models.embedded_folder(tmp_path)
-        assert models.embedded_folder(tmp_path) == folder and len(fake_wheel) == 1
+        folder = embedded.embedded_folder(tmp_path)
+        assert embedded.embedded_folder(tmp_path) == folder and len(fake_wheel) == 1
     damage(folder)
     with pytest.warns(CacheWarning, match=message):
-        models.embedded_folder(tmp_path)
-    assert len(fake_wheel) == 2 and models.find_damage(folder) is None
-    assert sorted(json.loads((folder / models.CHECKSUMS).read_text())) == ["config.json", "model.safetensors"]
+        embedded.embedded_folder(tmp_path)
+    assert len(fake_wheel) == 2 and embedded.find_damage(folder) is None
+    assert sorted(json.loads((folder / embedded.CHECKSUMS).read_text())) == ["config.json", "model.safetensors"]
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == [folder]
 
 
@@ -163,15 +164,15 @@ def test_a_failed_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
         (folder / "model.safetensors").write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(models, "convert_gguf", fail)
+    monkeypatch.setattr(embedded, "convert_gguf", fail)
     with pytest.raises(OSError, match="disk full"):
-        models.embedded_folder(tmp_path)
+        embedded.embedded_folder(tmp_path)
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
 def test_many_at_once_convert_once(tmp_path: Path, fake_wheel: list[Path]) -> None:
     found: list[Path] = []
-    threads = [threading.Thread(target=lambda: found.append(models.embedded_folder(tmp_path))) for _ in range(8)]
+    threads = [threading.Thread(target=lambda: found.append(embedded.embedded_folder(tmp_path))) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -181,9 +182,9 @@ def test_many_at_once_convert_once(tmp_path: Path, fake_wheel: list[Path]) -> No
 
 def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LORA_LITE_CACHE", str(tmp_path / "here"))
-    assert models.cache_root() == tmp_path / "here"
+    assert embedded.cache_root() == tmp_path / "here"
     monkeypatch.delenv("LORA_LITE_CACHE")
-    assert models.cache_root() == Path.home() / ".cache" / "lora-lite"
+    assert embedded.cache_root() == Path.home() / ".cache" / "lora-lite"
 
 
 # ---- errors
@@ -200,9 +201,9 @@ def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatc
 def test_a_wheel_that_does_not_serve(
     attribute: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(models, attribute, value)
+    monkeypatch.setattr(embedded, attribute, value)
     with pytest.raises(ModelError, match=message):
-        models.embedded_folder(tmp_path)
+        embedded.embedded_folder(tmp_path)
 
 
 def test_a_local_folder_is_a_model(tmp_path: Path) -> None:

@@ -16,9 +16,10 @@ from lab_helpers import make_llama
 import lora_lite as ll
 from lora_lite.lab import checkpoints
 from lora_lite.lab.checkpoints import CheckpointWriteError, last_checkpoint
+from lora_lite.lab.devices import pick_device
 from lora_lite.lab.locks import hold
 from lora_lite.lab.place import Place, RunError
-from lora_lite.lab.run import RunConfig, pick_device
+from lora_lite.lab.run_config import RunConfig
 from lora_lite.lab.train import TrainConfig, train
 
 

@@ -20,7 +20,7 @@ from lora_lite import adapter
 from lora_lite.lab.data import collate
 from lora_lite.lab.probe import ProbeReport, probe, probe_method
 from lora_lite.lab.probe_checks import distance, spread
-from lora_lite.lab.run import RunConfig
+from lora_lite.lab.run_config import RunConfig
 from lora_lite.lab.train import TrainConfig
 
 TRAINED = [name for name, cls in ll.variants().items() if cls.trained]

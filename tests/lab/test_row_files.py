@@ -1,15 +1,20 @@
 """Own files are text as it stands, and a folder's splits are the files with their whole names."""
 
+import datetime as dt
 import gzip
 import json
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from lab_helpers import write_rows
 
 from lora_lite.lab.catalogue import load_task
 from lora_lite.lab.corpora import CorpusError, load_rows
+from lora_lite.lab.tasks import TaskError
 
 AS_WRITTEN = [
     ('"2024-03-15"', "2024-03-15"), ("5", "5"), ("7.5", "7.5"), ("12345678901234567890", "12345678901234567890"),
@@ -121,7 +126,11 @@ def test_a_system_message_is_the_instruction_and_several_turns_are_left_out(tmp_
     write_rows(tmp_path / "mine.jsonl", [*rows, {"messages": [*TURNS, *TURNS]}])
     task = load_task(str(tmp_path / "mine.jsonl"))
     assert {e.instruction for e in task.distinct("train")} == {"Short."}
-    assert any("not one message of the user and one of the assistant (1)" in note for note in task.notes)
+    told = "not one message of the user and one of the assistant (1; the first is row 10)"
+    assert any(note.endswith(told) for note in task.notes)
+    write_rows(tmp_path / "mine.jsonl", [{"messages": [*TURNS, *TURNS]}, {"messages": "none"}])
+    with pytest.raises(TaskError, match=r"left out: not one message .* \(1; the first is row 1\), no list of messages"):
+        load_task(str(tmp_path / "mine.jsonl"))
 
 
 def test_an_input_follows_its_instruction(tmp_path: Path) -> None:
@@ -155,3 +164,39 @@ def test_a_small_task_is_used_whole_and_says_so(tmp_path: Path) -> None:
     assert len(found) == len(list(task.distinct("train"))) > 30
     assert notes == (f"{task.name} has {len(found)} distinct train examples, 640 were asked for: all are used",)
     assert task.up_to("train", 5)[1] == ()
+
+
+TYPED = {
+    "timestamp": ([dt.datetime(2024, 3, 15, 12, 30), dt.datetime(2024, 3, 15)],
+                  ["2024-03-15 12:30:00", "2024-03-15 00:00:00"]),
+    "zoned": ([dt.datetime(2024, 3, 15, 12, tzinfo=dt.timezone.utc)] * 2, ["2024-03-15 12:00:00+00:00"] * 2),
+    "date": ([dt.date(2024, 3, 15), None], ["2024-03-15", None]),
+    "time": ([dt.time(1, 2, 3), dt.time(1, 2, 3, 400000)], ["01:02:03", "01:02:03.400000"]),
+    "duration": ([dt.timedelta(hours=30), dt.timedelta(seconds=-1)], ["1 day, 6:00:00", "-1 day, 23:59:59"]),
+    "decimal": ([Decimal("1.10"), Decimal("-0.05")], ["1.10", "-0.05"]),
+    "bytes": ([b"ab", "é".encode()], ["ab", "é"]),
+    "int": ([5, 12345678901234567], [5, 12345678901234567]),
+    "bool": ([True, False], ["true", "false"]),
+    "text": (["01234", "None"], ["01234", "None"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TYPED)
+def test_values_of_parquet_files_become_text_in_a_stated_form(kind: str, tmp_path: Path) -> None:
+    values, expected = TYPED[kind]
+    table = pyarrow.table({"question": ["a?", "b?"], "answer": values})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    found = [row["answer"] for row in load_rows(tmp_path / "rows.parquet", "train", ("question", "answer"))]
+    assert found == expected and list(map(type, found)) == list(map(type, expected))
+
+
+def test_timestamps_finer_than_pythons_are_text_too(tmp_path: Path) -> None:
+    column = pyarrow.array([1710505800_000000001, 1710505800_000000000], pyarrow.timestamp("ns"))
+    table = pyarrow.table({"question": ["a?", "b?"], "answer": column})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    found = [row["answer"] for row in load_rows(tmp_path / "rows.parquet", "train", ("answer",))]
+    assert found == ["2024-03-15 12:30:00.000000001", "2024-03-15 12:30:00"]
+    raw = pyarrow.table({"answer": [b"\xff\xfe"]})
+    pyarrow.parquet.write_table(raw, tmp_path / "raw.parquet")
+    with pytest.raises(CorpusError, match=r"row 1: the field 'answer' holds bytes that are not UTF-8"):
+        load_rows(tmp_path / "raw.parquet", "train", ("answer",))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from lab_helpers import small_study as small
 
+from lora_lite import cli
 from lora_lite.lab import bench, commands, workbench
 from lora_lite.lab.analysis import analyse
 from lora_lite.lab.caveats import caveats
@@ -48,7 +49,7 @@ def test_a_folder_of_another_study_is_refused_and_stays(model: str, tmp_path: Pa
 
 
 def test_a_failed_base_and_failed_costs_are_told(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> Any:
+    def fail(*_: Any, **__: Any) -> Any:
         raise MeasureError("no figure")
 
     monkeypatch.setattr(bench, "measured_costs", fail)
@@ -107,3 +108,22 @@ def test_caveats_are_made_from_what_was_found(model: str, tmp_path: Path) -> Non
         "here (1 threads); here (2 threads)"
         in caveats((), "", [here, {"provenance": {"device": "here", "threads": 2}}])[0]
     )
+
+
+def test_a_record_without_its_figures_is_a_sentence(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ledger = bench.run_study(small(model, methods=("lora",), rates=1, seeds=1), tmp_path)
+    capsys.readouterr()
+    for record in list(ledger.records()):
+        path = ledger.runs / f"{record['id']}.json"
+        whole, config = path.read_bytes(), record["config"]
+        kept = {key: value for key, value in record.items() if key not in ("id", "status", "config", "digest")}
+        for missing in ("losses_after", "provenance", *(("scores",) if config["kind"] == "seed" else ())):
+            path.unlink()
+            ledger.write(config, DONE, {key: value for key, value in kept.items() if key != missing})
+            assert cli.main(["report", str(tmp_path)]) == 1
+            told = capsys.readouterr().err
+            assert told.startswith("lora-lite: LedgerError: ") and f"{path} lacks {missing}" in told
+            assert len(told.splitlines()) == 1 and "remove it, and the run is made again" in told
+        path.write_bytes(whole)

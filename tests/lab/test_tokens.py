@@ -1,5 +1,7 @@
 """Prompts and answers as token ids, with tokenizers and chat templates as they are found in the field."""
 
+import time
+
 import pytest
 from lab_helpers import CHAT, make_llama, make_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -61,6 +63,33 @@ def test_a_template_that_shows_no_question_is_an_error() -> None:
         data.render_prompt(make_tokenizer(SHOWS_NOTHING), "1+1?")
     with pytest.raises(ChatTemplateError, match=r"changes the question 'Why\?' or leaves it out"):
         data.render_prompt(make_tokenizer(CHAT.replace("m['content']", "m['content'] | replace('?', '!')")), "Why?")
+
+
+LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}"
+GROWS = "{% set n = namespace(t='x' * 99999) %}{% for i in range(99999) %}{% set n.t = n.t ~ n.t %}{% endfor %}"
+DEEP = "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}"
+NESTED = "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [(LOOPS, "it takes longer than 3 s"), (GROWS, "it takes"), (DEEP, "nested too deeply"),
+     (NESTED, "nested too deeply")],
+)  # fmt: skip
+def test_a_template_without_bounds_is_a_sentence_within_seconds(template: str, why: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(ChatTemplateError, match=f"chat template cannot be used: .*{why}.*chat=False") as raised:
+        data.render_prompt(make_tokenizer(template + CHAT), "1+1?", "Short.")
+    assert len(str(raised.value).splitlines()) == 1 and time.monotonic() - started < 30
+
+
+def test_a_template_that_fails_says_with_what() -> None:
+    with pytest.raises(ChatTemplateError, match=r"last try: division by zero.*chat=False"):
+        data.render_prompt(make_tokenizer("{{ 1 / 0 }}" + CHAT), "1+1?")
+    fails_later = "{% if 'Why' in messages[-1]['content'] %}{{ raise_exception('no why') }}{% endif %}" + CHAT
+    assert data.render_prompt(make_tokenizer(fails_later), "1+1?")
+    with pytest.raises(ChatTemplateError, match=r"fails \(TemplateError: no why\)"):
+        data.render_prompt(make_tokenizer(fails_later), "Why?")
 
 
 @pytest.mark.parametrize("chat", [True, False])

@@ -34,7 +34,7 @@ class Analysis:
     def __init__(self, folder: Path) -> None:
         self.study, self.plan = read_plan(folder)
         self.ledger = Ledger(folder)
-        self.read = functools.cache(self.ledger.read)  # each file once, whatever other processes add meanwhile
+        self.read = functools.cache(self.ledger.figures)  # each file once, whatever other processes add meanwhile
         self.arms = self.study.arms()
         self.rates = chosen_rates(self.study, self.plan, self.ledger)
         self.base = self.of(Job("base"))
@@ -83,7 +83,7 @@ class Analysis:
             missing.insert(0, "the bare base is not measured yet")
         return Findings(
             name=study.name, about=study.about, task=study.task, model=study.model, quantization=study.quantization,
-            dtype=self.plan["dtype"], baseline=study.reference, items=study.test_examples, steps=study.training.steps,
+            dtype=self.plan["dtype"], baseline=study.reference, items=self.items(), steps=study.training.steps,
             batch_size=study.training.batch_size, setup=setup(study, self.plan), base=self.base_finding(),
             arms=tuple(arms), examples=self.examples(),
             notes=(
@@ -93,6 +93,10 @@ class Analysis:
             missing=tuple(missing), failures=self.failures(arms), machines=machines(self.records()),
             command=self.plan["command"],
         )  # fmt: skip
+
+    def items(self) -> int:
+        """How many test items the runs were measured on: as asked for, or fewer where the task has no more."""
+        return self.plan["sources"].get("examples", {}).get("test", self.study.test_examples)
 
     def failures(self, arms: list[Finding]) -> tuple[str, ...]:
         """What failed in all the study, with reasons."""

@@ -15,7 +15,7 @@ from lora_lite.lab.arms import ArmError
 from lora_lite.lab.checkpoints import fingerprint, last_checkpoint, read_progress
 from lora_lite.lab.cost import measured_costs
 from lora_lite.lab.evaluate import Evaluation
-from lora_lite.lab.ledger import DONE, FAILED, Ledger, LedgerError, publish, read_json, run_id
+from lora_lite.lab.ledger import DONE, FAILED, Ledger, LedgerError, publish, read_json, run_id, within
 from lora_lite.lab.provenance import provenance
 from lora_lite.lab.run import calibration
 from lora_lite.lab.study import Job, Study, StudyError, jobs
@@ -107,7 +107,7 @@ def read_plan(folder: Path) -> tuple[Study, dict[str, Any]]:
     """The study of a folder of results, and what its runs are found by. Raises `LedgerError` where there is none."""
     path = expanded(folder) / "study.json"
     plan = read_json(path)
-    wrong = [".".join(keys) for keys, kind in PLAN.items() if not isinstance(_within(plan, keys), kind)]
+    wrong = [".".join(keys) for keys, kind in PLAN.items() if not isinstance(within(plan, keys), kind)]
     if wrong:
         raise LedgerError(
             f"{path} is damaged: {wrong[0]} is missing or of another type; remove it, and the same bench makes it again"
@@ -118,12 +118,6 @@ def read_plan(folder: Path) -> tuple[Study, dict[str, Any]]:
     except (StudyError, ArmError) as error:
         raise LedgerError(f"{path} is damaged: {error}; remove it, and the same bench makes it again") from error
     return study, plan
-
-
-def _within(value: Any, keys: Sequence[str]) -> Any:
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
 
 
 def remaining(study: Study, plan: dict[str, Any], ledger: Ledger) -> list[Job]:
@@ -138,7 +132,7 @@ def chosen_rates(study: Study, plan: dict[str, Any], ledger: Ledger) -> dict[str
     rates yet."""
     found: dict[str, float | None] = {}
     for arm in study.arms():
-        tried = {lr: ledger.read(run_id(job_config(study, Job("tune", arm, lr), plan))) for lr in study.grid(arm)}
+        tried = {lr: ledger.figures(run_id(job_config(study, Job("tune", arm, lr), plan))) for lr in study.grid(arm)}
         records = {lr: record for lr, record in tried.items() if record is not None}
         if len(records) == len(tried):
             done = {lr: record for lr, record in records.items() if record["status"] == DONE}
@@ -200,7 +194,8 @@ def perform(job: Job, bench: Workbench, scratch: Path) -> dict[str, Any]:
     assert job.arm is not None
     if job.kind == "cost":
         study = bench.study
-        return {"cost": measured_costs(study.model, job.arm.with_seed(job.seed), bench.dtype, study.quantization)}
+        configs, trust = job.arm.with_seed(job.seed), study.trust_remote_code
+        return {"cost": measured_costs(study.model, configs, bench.dtype, study.quantization, trust_remote_code=trust)}
     return train_and_measure(job, bench, scratch)
 
 

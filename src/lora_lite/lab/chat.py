@@ -2,22 +2,27 @@
 
 Templates differ: some refuse a system message, some skip it, some want the content as a list of parts. What a template
 does is seen by rendering marks in place of the texts; a prompt that would lack its question or instruction is an error.
+Templates come with models, and may be broken or hostile: each is tried once where it can be stopped (`bounded`).
 """
 
+import contextlib
+import textwrap
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from lora_lite.errors import LoraLiteError
+from lora_lite.lab.bounded import why_unbounded
 
 _MARKS = ("Q7c1d0e5question", "I3b9f42ainstruction")  # letters and digits, which no template changes
+
+_BOUNDED: set[str] = set()  # templates that were tried, and end
 
 Conversation = list[dict[str, Any]]
 
 
 class ChatTemplateError(LoraLiteError, ValueError):
-    """A chat template that shows no question or no instruction; the message says which and what to do."""
+    """A chat template that shows no question or no instruction, fails or never ends; the message says what to do."""
 
 
 def render_chat(tokenizer: PreTrainedTokenizerBase, question: str, instruction: str) -> str:
@@ -38,7 +43,7 @@ def chat_pieces(tokenizer: PreTrainedTokenizerBase, question: str, instruction: 
     """`render_chat` in pieces, (text, whether it is the question's or the instruction's)."""
     whole = render_chat(tokenizer, question, instruction)
     form = _form(tokenizer, bool(instruction))
-    marked = str(_render(tokenizer, _conversation(form, _MARKS[0], _MARKS[1] if instruction else "")))
+    marked = str(_render(tokenizer, _marked(form, bool(instruction))))
     texts = {_MARKS[0]: question.strip(), _MARKS[1]: instruction.strip()}
     pieces = [(marked, False)]
     for mark, text in texts.items():
@@ -65,21 +70,50 @@ def _replaced(told: str, mark: str, text: str) -> list[tuple[str, bool]]:
 
 def _form(tokenizer: PreTrainedTokenizerBase, instructed: bool) -> tuple[bool, bool]:
     """(whether the instruction is a system message, whether contents are lists of parts) of a template."""
-    wanted = _MARKS if instructed else _MARKS[:1]
-    for parts in (False, True):
-        for system in (True, False) if instructed else (False,):
-            marked = _conversation((system, parts), _MARKS[0], _MARKS[1] if instructed else "")
-            try:
-                text = str(_render(tokenizer, marked))
-            except (TemplateError, TypeError):  # refused, or contents of another type than it expects
-                continue
-            if all(text.count(mark) == 1 for mark in wanted):
-                return system, parts
+    _require_bounded(tokenizer)
+    wanted, reason = _MARKS if instructed else _MARKS[:1], ""
+    for form in _forms(instructed):
+        try:
+            text = str(_render(tokenizer, _marked(form, instructed)))
+        except ChatTemplateError as error:  # refused, or contents of another type than it expects
+            reason = f" (the last try: {error.__cause__})"
+            continue
+        if all(text.count(mark) == 1 for mark in wanted):
+            return form
     raise ChatTemplateError(
         "the tokenizer's chat template does not show the user's message"
         + (" with an instruction, be it in the system message or in the user's" if instructed else "")
-        + "; give a plain prompt (chat=False), or set another tokenizer.chat_template"
+        + f"{reason}; give a plain prompt (chat=False), or set another tokenizer.chat_template"
     )
+
+
+def _require_bounded(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ChatTemplateError for a template that takes too long or too much memory with the marks alone."""
+    template = repr(tokenizer.chat_template)
+    if template in _BOUNDED:
+        return
+    marked = [_marked(form, instructed) for instructed in (True, False) for form in _forms(instructed)]
+
+    def render_all() -> None:
+        for conversation in marked:
+            with contextlib.suppress(ChatTemplateError):
+                _render(tokenizer, conversation)
+
+    if why := why_unbounded(render_all):
+        raise ChatTemplateError(
+            f"the tokenizer's chat template cannot be used: {why}; give a plain prompt (chat=False), or set another "
+            "tokenizer.chat_template"
+        )
+    _BOUNDED.add(template)
+
+
+def _forms(instructed: bool) -> list[tuple[bool, bool]]:
+    """The forms to try, in their order."""
+    return [(system, parts) for parts in (False, True) for system in ((True, False) if instructed else (False,))]
+
+
+def _marked(form: tuple[bool, bool], instructed: bool) -> Conversation:
+    return _conversation(form, _MARKS[0], _MARKS[1] if instructed else "")
 
 
 def _conversation(form: tuple[bool, bool], question: str, instruction: str) -> Conversation:
@@ -93,4 +127,14 @@ def _conversation(form: tuple[bool, bool], question: str, instruction: str) -> C
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> Any:
-    return tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+    """Raises ChatTemplateError, with its cause, for whatever the template raises but for what has no bounds."""
+    try:
+        return tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+    except (RecursionError, MemoryError):
+        raise
+    except Exception as error:  # a template is foreign code: dividing by zero is no worse than refusing in words
+        told = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
+        raise ChatTemplateError(
+            f"the tokenizer's chat template fails ({told}); give a plain prompt (chat=False), or set another "
+            "tokenizer.chat_template"
+        ) from error

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 import lora_lite as ll
 from lora_lite.atomic import sync_folder, write_atomically
 from lora_lite.lab.data import Encoded
+from lora_lite.lab.digests import file_digest
 from lora_lite.lab.terminal import note
 
 if TYPE_CHECKING:
@@ -74,15 +75,6 @@ def record_digest(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(
         json.dumps({key: value for key, value in record.items() if key != "digest"}, sort_keys=True).encode()
     ).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def save_checkpoint(

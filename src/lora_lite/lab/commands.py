@@ -17,10 +17,12 @@ from lora_lite.lab import report as reports
 from lora_lite.lab.analysis import analyse
 from lora_lite.lab.bench import run_study
 from lora_lite.lab.cost import cost_table, costs
+from lora_lite.lab.devices import pick_device, pick_dtype
 from lora_lite.lab.ledger import Ledger
 from lora_lite.lab.page import write_page
 from lora_lite.lab.probe import probe
-from lora_lite.lab.run import finetune, pick_device, pick_dtype
+from lora_lite.lab.run import finetune
+from lora_lite.lab.shared_flags import TrustRemoteCode
 from lora_lite.lab.study import Study, load_study, study_names
 
 # What to do after an interruption, by command.
@@ -192,6 +194,7 @@ class CostFlags:
     model: str = Study.model
     quantization: str = "none"
     dtype: str = "auto"
+    trust_remote_code: TrustRemoteCode = False
     shapes: bool = False
     layers: tuple[int, ...] | None = None
     target_names: tuple[str, ...] = ()
@@ -211,7 +214,9 @@ def cost(arguments: Sequence[str]) -> int:
     shared = {key: getattr(asked, key) for key in ("methods", "layers", "target_names", "target_roles")}
     arms = {arm.name: list(arm.configs) for arm in Study(**shared).arms()}
     dtype = pick_dtype(asked.dtype, pick_device(None))
-    found = costs(asked.model, arms, dtype, asked.quantization, measure=not asked.shapes)
+    found = costs(
+        asked.model, arms, dtype, asked.quantization, not asked.shapes, trust_remote_code=asked.trust_remote_code
+    )
     terminal.console().print(cost_table(found))
     say(found)
     return 0

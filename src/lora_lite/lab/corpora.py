@@ -12,7 +12,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
-from lora_lite.lab.row_files import FORMATS, CorpusError, read_rows, row_format, split_files
+from lora_lite.lab.row_files import FORMATS, CorpusError, plain_rows, read_rows, row_format, split_files
 
 EMBEDDED_TEXT = "embedded"
 # A public-domain story that reasoning-gym's wheel carries: English prose that no task of the lab teaches.
@@ -26,8 +26,8 @@ def load_rows(source: str | Path, split: str, columns: Sequence[str]) -> list[di
 
     source: a file (jsonl, ndjson, json, csv, tsv, parquet; `split` is then only a name), a folder whose files are named
     by their split, or a hub id, with its configuration after a colon where it has several.
-    Values of text files are the text that stands there: "01234", "1.10", "2024-03-15". Those of parquet files and of
-    the hub have their types.
+    Values of text files are the text that stands there: "01234", "1.10", "2024-03-15". Of those of parquet files and of
+    the hub, numbers, lists and objects have their types, and all else is text: see `row_files.plain`.
     Raises CorpusError if it cannot be read, has no rows, or lacks a column; the message lists those that there are.
     """
     names, rows = read_table(source, split, columns)
@@ -80,7 +80,7 @@ def _hub_rows(source: str, split: str, columns: Sequence[str], where: str) -> tu
     try:
         table = load_dataset(hub_id, config or None, split=split)
         names = list(table.column_names)
-        return names, table.select_columns([name for name in columns if name in names]).to_list()
+        rows = table.select_columns([name for name in columns if name in names]).to_list()
     except (OSError, ValueError, DatasetsError) as error:
         cause = f" ({error.__cause__})" if error.__cause__ else ""
         raise CorpusError(
@@ -88,6 +88,7 @@ def _hub_rows(source: str, split: str, columns: Sequence[str], where: str) -> tu
             "a file for each split, such as train.jsonl and test.jsonl, or a hub id, as in 'openai/gsm8k:main'; that "
             "needs the network or a copy in the hub cache (HF_HOME)."
         ) from error
+    return names, plain_rows(source, rows)
 
 
 def general_text(

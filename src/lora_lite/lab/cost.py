@@ -43,6 +43,7 @@ def costs(
     measure: bool = True,
     workload: Workload | None = None,
     device: str | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Row]:
     """What each arm costs on a model: the fields of `findings.Cost`, as plain data for JSON, and what they hold for.
 
@@ -55,14 +56,15 @@ def costs(
         measure: run the arms, one after the other. False: what shapes tell, in seconds, for models of any size.
         workload: the batch and the number of rounds. None: the defaults of `Workload`.
         device: where to measure. None: the GPU if there is one.
+        trust_remote_code: as for `load_model`.
     Raises:
         ModelError: the model, or its configuration, cannot be read.
     """
-    rows = shape_costs(model_config(model), arms)
+    rows = shape_costs(model_config(model, trust_remote_code), arms, trust_remote_code)
     fitting = [name for name, row in rows.items() if "error" not in row] if measure else []
     for name in tqdm(fitting, desc="costs", unit="arm", disable=not measure):
         try:
-            rows[name] |= measure_arm(model, arms[name], dtype, quantization, workload, device)
+            rows[name] |= measure_arm(model, arms[name], dtype, quantization, workload, device, trust_remote_code)
         except (LoraLiteError, ValueError) as error:
             rows[name] = _failure(error)
     return rows
@@ -75,20 +77,22 @@ def measured_costs(
     quantization: str = "none",
     workload: Workload | None = None,
     device: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Row:
     """The row of one arm, as `costs` gives it; an arm that does not fit the model raises what `attach` does."""
-    meta = _on_meta(model_config(model))
-    return (
-        shape_cost(meta, configs) | base_cost(meta) | measure_arm(model, configs, dtype, quantization, workload, device)
-    )
+    meta = _on_meta(model_config(model, trust_remote_code), trust_remote_code)
+    measured = measure_arm(model, configs, dtype, quantization, workload, device, trust_remote_code)
+    return shape_cost(meta, configs) | base_cost(meta) | measured
 
 
-def shape_costs(model: PreTrainedModel | PreTrainedConfig, arms: Arms) -> dict[str, Row]:
+def shape_costs(
+    model: PreTrainedModel | PreTrainedConfig, arms: Arms, trust_remote_code: bool = False
+) -> dict[str, Row]:
     """What shapes alone tell of each arm, without memory or weights: `shape_cost` and `base_cost`.
 
-    model: a configuration, or a model, of which only the configuration is used.
+    model: a configuration, or a model, of which only the configuration is used. trust_remote_code: as for `load_model`.
     """
-    meta = _on_meta(model if isinstance(model, PreTrainedConfig) else model.config)
+    meta = _on_meta(model if isinstance(model, PreTrainedConfig) else model.config, trust_remote_code)
     rows: dict[str, Row] = {}
     base = base_cost(meta)
     for name, configs in arms.items():
@@ -103,13 +107,16 @@ def _failure(error: Exception) -> Row:
     return {"error": f"{type(error).__name__}: {error}"}
 
 
-def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:
+def _on_meta(config: PreTrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
     """The model of a configuration, without memory. Eager attention, and experts as batched products: countable."""
     config = copy.deepcopy(config)
     vars(config).pop("quantization_config", None)  # shapes are those of the plain weights
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(
-            config, attn_implementation="eager", experts_implementation="batched_mm"
+            config,
+            attn_implementation="eager",
+            experts_implementation="batched_mm",
+            trust_remote_code=trust_remote_code,
         ).eval()
 
 

@@ -3,7 +3,7 @@
 A study measures some seeds of each arm on the same I items, and both are samples: another seed would give another
 number, another item too. All that is said of a study comes from one model of the errors of its arms:
 
-- The scale is z = asin(sqrt(accuracy)), on which the spread of a share is the same at 3% as at 50% (Anscombe 1948).
+- The scale is the accuracy itself: there seeds of arms at 7% and at 50% lie about equally far apart.
 - Seeds: each arm's variance over its seeds, moderated by those of the other arms (`moderated`).
 - Items: the arms' means of each item vary and vary together; their covariance, less what chance within a seed adds to
   it, is added. What makes an item hard for all arms cancels in differences.
@@ -11,7 +11,8 @@ number, another item too. All that is said of a study comes from one model of th
 `Errors` draws the arms' errors many times from this model. An interval of one difference is as wide as 95% of its
 draws; a joint interval is wider by the factor that makes 95% of the draws lie within *all* of the family's intervals
 (Dunnett 1955 against a baseline, Tukey 1949 for all pairs, where spreads agree). Adjusted p-values and verdicts read
-off the same draws, so that interval, p and verdict agree. Ends are given in accuracy.
+off the same draws, so that interval, p and verdict agree. An arm's own interval is taken to asin(sqrt(accuracy)) and
+back (Anscombe 1948), so that it ends within [0, 1] and reaches further towards the middle.
 """
 
 import math
@@ -70,20 +71,18 @@ class Errors:
         scores = list(self.tables.values())
         self.items = scores[0].shape[1]
         self.means = np.array([table.mean() for table in scores])
-        self.z = angle(self.means)
         self.draws = self._draw(scores, draws, np.random.default_rng(seed))
 
     def _draw(self, scores: Sequence[np.ndarray], draws: int, rng: np.random.Generator) -> np.ndarray:
-        """Errors of z, (draws, A)."""
+        """Errors of the accuracies, (draws, A)."""
         items, counts = self.items, np.array([len(table) for table in scores])
-        slopes = np.array([slope(table) for table in scores])
-        steps = (slopes / items) ** 2  # a whole item's worth, squared: accuracies move in such steps
-        spread = np.array([corrected(table.mean(axis=1), items).var(ddof=1) for table in scores]) + steps / 12
+        step = 1 / items**2  # a whole item's worth, squared: accuracies move in such steps
+        spread = np.array([table.mean(axis=1).var(ddof=1) for table in scores]) + step / 12
         seeds = rng.normal(size=(draws, len(scores))) * np.sqrt(
             draw_variances(spread, counts - 1.0, draws, rng) / counts
         )
-        covariance = slopes[:, None] * slopes * item_covariance(scores) / items
-        covariance += np.diag(steps / 2)  # agreement of all items is no certainty: one of them may stand out
+        covariance = item_covariance(scores) / items
+        covariance += np.eye(len(scores)) * step / 2  # agreement of all items is no certainty: one may stand out
         values, vectors = np.linalg.eigh(covariance)
         root = vectors * np.sqrt(np.maximum(values, 0.0))
         freedom = max(items - 1, 1)
@@ -93,9 +92,9 @@ class Errors:
     def accuracy(self, name: str) -> Interval:
         """An arm's mean accuracy; its interval is never narrower than Wilson's for the items alone."""
         at = self.index[name]
-        reach = float(np.quantile(np.abs(self.draws[:, at]), LEVEL))
+        reach = float(np.quantile(np.abs(self.draws[:, at]), LEVEL)) * slope(self.tables[name])
         low, high = wilson(self.means[at], self.items)
-        ends = [share(self.z[at] - reach), share(self.z[at] + reach)]
+        ends = [share(angle(self.means[at]) + shift) for shift in (-reach, reach)]
         return Interval(float(self.means[at]), min(ends[0], low), max(ends[1], high))
 
     def compare(self, pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], Comparison]:
@@ -111,13 +110,13 @@ class Errors:
         typical = np.quantile(np.abs(errors), 2 * POWER - 1, axis=0)  # errors are symmetric
         found = {}
         for at, pair in enumerate(pairs):
-            ends = (float(self.z[one[at]]), float(self.z[other[at]]))
-            tail = count - int(np.searchsorted(largest, abs(ends[0] - ends[1]) / reach[at]))
+            difference = float(self.means[one[at]] - self.means[other[at]])
+            tail = count - int(np.searchsorted(largest, abs(difference) / reach[at]))
             found[pair] = Comparison(
-                joint=between(*ends, factor * reach[at]),
-                alone=between(*ends, reach[at]),
+                joint=around(difference, factor * reach[at]),
+                alone=around(difference, reach[at]),
                 p=(1 + tail) / (1 + count),
-                seen=detectable(ends[1], factor * reach[at] + typical[at]),
+                seen=detectable(self.means[other[at]], factor * reach[at] + typical[at]),
             )
         return found
 
@@ -164,14 +163,9 @@ def item_covariance(scores: Sequence[np.ndarray]) -> np.ndarray:
     return vectors * np.maximum(values, 0.0) @ vectors.T  # chance makes some below 0; a variance cannot be
 
 
-def angle(accuracy: np.ndarray) -> np.ndarray:
+def angle(accuracy: float) -> float:
     """asin(sqrt(accuracy))."""
-    return np.arcsin(np.sqrt(np.clip(accuracy, 0.0, 1.0)))
-
-
-def corrected(accuracy: np.ndarray, items: int) -> np.ndarray:
-    """`angle` with Anscombe's correction, which keeps the spread even at a few right or wrong items."""
-    return angle((accuracy * items + 3 / 8) / (items + 3 / 4))
+    return math.asin(math.sqrt(accuracy))
 
 
 def slope(table: np.ndarray) -> float:
@@ -185,21 +179,14 @@ def share(z: float) -> float:
     return math.sin(min(max(float(z), 0.0), FULL)) ** 2
 
 
-def between(one: float, other: float, reach: float) -> Interval:
-    """The difference of two angles, give or take `reach`, as a difference of accuracies around their middle."""
-    middle = (one + other) / 2
-
-    def points(difference: float) -> float:
-        return share(middle + difference / 2) - share(middle - difference / 2)
-
-    return Interval(*(points(one - other + shift) for shift in (0.0, -reach, reach)))
+def around(difference: float, reach: float) -> Interval:
+    """A difference of accuracies, give or take `reach`, kept in [-1, 1]."""
+    return Interval(difference, max(-1.0, float(difference - reach)), min(1.0, float(difference + reach)))
 
 
-def detectable(z: float, distance: float) -> float | None:
-    """The larger of the differences of accuracy, up and down, that an angle of `distance` makes beside z; None if there
-    is room for neither."""
-    found = [abs(share(end) - share(z)) for end in (z - distance, z + distance) if 0 <= end <= FULL]
-    return max(found, default=None)
+def detectable(accuracy: float, distance: float) -> float | None:
+    """`distance`, if an arm can lie so far above or below an accuracy; None if there is room for neither."""
+    return float(distance) if distance <= max(accuracy, 1 - accuracy) else None
 
 
 def accuracy(correct: np.ndarray) -> Interval:

@@ -12,7 +12,7 @@ import lora_lite as ll
 from lora_lite.adapter import Adapter
 from lora_lite.config import AdapterConfig
 from lora_lite.lab.presets import PRESETS
-from lora_lite.lab.run import RunConfig
+from lora_lite.lab.run_config import RunConfig
 from lora_lite.lab.train import TrainConfig
 
 PROG = "lora-lite train"

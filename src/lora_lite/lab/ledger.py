@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,25 @@ from lora_lite.lab.locks import hold
 
 FORMAT = 1
 DONE, FAILED = "done", "failed"
+
+
+_NUMBER = int | float
+_ANY: dict[tuple[str, ...], Any] = {
+    **{("provenance", name): str for name in ("device", "system")}, ("provenance", "versions"): dict,
+}  # fmt: skip
+_REPLIES: dict[tuple[str, ...], Any] = {
+    ("scores",): list, ("completions",): list, ("mentioned",): _NUMBER, ("cut_off",): _NUMBER,
+}  # fmt: skip
+_TRAINED: dict[tuple[str, ...], Any] = {
+    ("losses_after", "validation"): _NUMBER, ("trainable",): int, ("stored_bytes",): int, ("curve",): list,
+}  # fmt: skip
+# What a finished run holds by its kind: keys from the outermost in, and the type of what is there.
+FIGURES: dict[str, dict[tuple[str, ...], Any]] = {
+    "base": {**_ANY, ("losses_after", "validation"): _NUMBER, **_REPLIES},
+    "tune": {**_ANY, **_TRAINED},
+    "seed": {**_ANY, **_TRAINED, **_REPLIES},
+    "cost": {**_ANY, ("cost", "trainable"): int},
+}
 
 
 class LedgerError(LoraLiteError, RuntimeError):
@@ -65,6 +84,21 @@ class Ledger:
             raise LedgerError(
                 f"{path} does not hold the run that it is named after: it was changed by hand, or is damaged; remove "
                 "it, and the run is made again"
+            )
+        return record
+
+    def figures(self, run: str) -> dict[str, Any] | None:
+        """The record of a run with all the figures that a finished one of its kind has; None if there is none yet.
+
+        Raises `LedgerError` if the file is damaged, or lacks a figure.
+        """
+        record = self.read(run)
+        wanted = FIGURES.get(record["config"].get("kind"), {}) if record and record["status"] == DONE else {}
+        absent = [".".join(keys) for keys, kind in wanted.items() if not isinstance(within(record, keys), kind)]
+        if absent:
+            raise LedgerError(
+                f"{self.runs / run}.json lacks {', '.join(absent)}, or holds another type there: another version of "
+                "the lab wrote it; remove it, and the run is made again"
             )
         return record
 
@@ -129,6 +163,13 @@ def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield path, canonical(value)
     else:
         yield path, value
+
+
+def within(value: Any, keys: Sequence[str]) -> Any:
+    """What plain data hold under keys, from the outermost in; None where one is missing."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 def lacks(record: Mapping[str, Any]) -> bool:

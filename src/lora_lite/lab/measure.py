@@ -28,10 +28,10 @@ import lora_lite as ll
 from lora_lite.adapter import variant_of
 from lora_lite.cost import peak_memory_mb
 from lora_lite.errors import LoraLiteError
+from lora_lite.lab.devices import pick_device
 from lora_lite.lab.evaluate import eval_mode
 from lora_lite.lab.models import load_model
 from lora_lite.lab.provenance import provenance
-from lora_lite.lab.run import pick_device
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # what Linux is told to start the peak of resident memory anew
@@ -83,6 +83,7 @@ def measure_arm(
     quantization: str = "none",
     workload: Workload | None = None,
     device: str | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Attach, time, save, load, and meter one arm beside the frozen base; plain data with the fields of `Cost`.
 
@@ -97,7 +98,7 @@ def measure_arm(
         ModelError, TargetError, CalibrationError: as `load_model` and `attach` say. MeasureError: no memory figure.
     """
     where, workload = pick_device(device), workload or Workload()
-    base, _ = load_model(model, dtype, where, quantization=quantization)
+    base, _ = load_model(model, dtype, where, quantization=quantization, trust_remote_code=trust_remote_code)
     arm = twin_tree(base)
     att = ll.attach(arm, configs, workload.calibration(arm, configs))
     row: dict[str, Any] = {"trainable": att.num_trainable, "targets": len(att.targets)}
@@ -113,9 +114,9 @@ def measure_arm(
         row["load_seconds"] = time.perf_counter() - started
         del base, arm, att
         gc.collect()  # the children need the memory
-        child = functools.partial(child_peak, model, dtype, quantization, workload, str(where))
-        row["base_peak_memory_mb"] = base_peak(model, dtype, quantization, workload, str(where))
-        row["peak_memory_mb"] = child(str(file)) if trained else None
+        asked = (model, dtype, quantization, workload, str(where))
+        row["base_peak_memory_mb"] = base_peak(*asked, trust_remote_code)
+        row["peak_memory_mb"] = child_peak(*asked, str(file), trust_remote_code) if trained else None
     settings = {"dtype": str(dtype).removeprefix("torch."), "quantization": quantization, **asdict(workload)}
     return {**row, "measured_with": {**settings, "model": model}, "provenance": provenance(where)}
 
@@ -210,13 +211,21 @@ def _step(model: PreTrainedModel, ids: Tensor, requires_grad: bool) -> None:
 
 
 @functools.cache
-def base_peak(model: str, dtype: torch.dtype, quantization: str, workload: Workload, device: str) -> float:
+def base_peak(
+    model: str, dtype: torch.dtype, quantization: str, workload: Workload, device: str, trust_remote_code: bool
+) -> float:
     """`child_peak` of the frozen base, measured once for all arms."""
-    return child_peak(model, dtype, quantization, workload, device, None)
+    return child_peak(model, dtype, quantization, workload, device, None, trust_remote_code)
 
 
 def child_peak(
-    model: str, dtype: torch.dtype, quantization: str, workload: Workload, device: str, adapter: str | None
+    model: str,
+    dtype: torch.dtype,
+    quantization: str,
+    workload: Workload,
+    device: str,
+    adapter: str | None,
+    trust_remote_code: bool = False,
 ) -> float:
     """Peak memory (MB) of one training step in a fresh process, of the GPU where it runs on one.
 
@@ -227,6 +236,7 @@ def child_peak(
     settings = {
         "model": model, "dtype": str(dtype).removeprefix("torch."), "quantization": quantization, "device": device,
         "workload": asdict(workload), "adapter": adapter, "threads": torch.get_num_threads(),
+        "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     command = [sys.executable, "-m", "lora_lite.lab.measure", json.dumps(settings)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -242,7 +252,13 @@ def main(argument: str) -> None:
     torch.set_num_threads(asked["threads"])
     device = torch.device(asked["device"])
     dtype = getattr(torch, asked["dtype"])
-    model, _ = load_model(asked["model"], dtype, device, quantization=asked["quantization"])
+    model, _ = load_model(
+        asked["model"],
+        dtype,
+        device,
+        quantization=asked["quantization"],
+        trust_remote_code=asked["trust_remote_code"],
+    )
     ids = Workload(**asked["workload"]).ids(model)
     if asked["adapter"] is None:
         for p in model.parameters():

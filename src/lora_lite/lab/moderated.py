@@ -7,14 +7,14 @@ An arm's own variance s^2 of S seeds has S - 1 degrees of freedom d. Smyth ("Lin
 
 d0 = infinity is one variance pooled over all arms, d0 = 0 each arm's own. Smyth puts estimates of d0 and s0^2 in; of 5
 or 17 arms they are so rough that d0 is often estimated infinite where spreads differ by a factor of 4. Here both are
-unknown: they are drawn from their posterior on a grid, with odds of nine to one that there is one variance.
+unknown: they are drawn from their posterior on a grid, with odds of nineteen to one that there is one variance.
 """
 
 import numpy as np
 from scipy import special
 
 PRIOR_FREEDOM = np.array([1.0, 2, 4, 8, 16, 32, 1e6])  # d0; the last stands for infinity
-PRIOR_WEIGHT = np.array([1 / 60] * 6 + [9 / 10])  # nine to one for a single variance: the power of the pooled form
+PRIOR_WEIGHT = np.array([1 / 120] * 6 + [19 / 20])  # for a single variance, whose power it then nearly has
 SCALES = 61  # of the grid of log s0^2
 MARGIN = 4.0  # how far that grid goes beyond the smallest and the largest log s^2
 

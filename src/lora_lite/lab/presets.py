@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_lite.adapter import Adapter
-from lora_lite.lab.run import RunConfig
+from lora_lite.lab.run_config import RunConfig
 from lora_lite.lab.train import TrainConfig
 
 

@@ -14,9 +14,11 @@ import lora_lite as ll
 from lora_lite.lab import terminal
 from lora_lite.lab.catalogue import load_task
 from lora_lite.lab.data import collate, encode
+from lora_lite.lab.devices import pick_device, pick_dtype
 from lora_lite.lab.models import load_model
 from lora_lite.lab.probe_checks import Batch, Configs, Probe
-from lora_lite.lab.run import RunConfig, calibration, pick_device, pick_dtype
+from lora_lite.lab.run import calibration
+from lora_lite.lab.run_config import RunConfig
 from lora_lite.lab.train import TrainConfig
 
 STEPS = 3  # the second is the first in which all of a LoRA can move
@@ -73,8 +75,10 @@ def probe(run: RunConfig, method: ll.AdapterConfig | Configs, training: TrainCon
     device = pick_device(run.device)
     dtype = pick_dtype(run.dtype, device)
     task = load_task(run.task)
-    examples = task.examples("train", min(EXAMPLES, run.train_examples), training.seed)
-    load = partial(load_model, run.model, dtype, device, quantization=run.quantization)
+    examples, _ = task.up_to("train", min(EXAMPLES, run.train_examples), training.seed)
+    load = partial(
+        load_model, run.model, dtype, device, quantization=run.quantization, trust_remote_code=run.trust_remote_code
+    )
     model, tokenizer = load()
     items, _ = encode(examples, tokenizer, run.max_length)
     pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from lora_lite.lab import terminal
 from lora_lite.lab.evaluate import Evaluation, Record
-from lora_lite.lab.run import Result
+from lora_lite.lab.result import Result
 
 EXAMPLES = 3
 

@@ -1,12 +1,16 @@
 """Rows of your own files as text: what stands in a file is what is taught.
 
 No types are guessed: a number keeps its spelling (20 digits, 1.10, 1e3), a date stays text, and a column that nobody
-asked for may hold what it likes. Files are read line by line, and only the columns asked for are kept.
+asked for may hold what it likes. Where values have types (Parquet, the hub), `plain` says how they are written. Files
+are read line by line, and only the columns asked for are kept.
 """
 
 import csv
+import datetime
+import decimal
 import gzip
 import json
+import math
 import re
 import zlib
 from collections.abc import Collection, Iterable, Iterator
@@ -165,9 +169,51 @@ def _parquet(path: Path, columns: Collection[str]) -> tuple[list[str], list[Row]
         with pyarrow.parquet.ParquetFile(path) as file:
             names = list(file.schema_arrow.names)
             wanted = [name for name in columns if name in names]
-            return names, [row for batch in file.iter_batches(columns=wanted) for row in batch.to_pylist()]
+            rows = [row for batch in file.iter_batches(columns=wanted) for row in batch.to_pylist()]
     except (OSError, pyarrow.ArrowException) as error:
         raise CorpusError(f"cannot read rows from {str(path)!r}: {error}") from error
+    return names, plain_rows(str(path), rows)
+
+
+def plain_rows(source: str, rows: Iterable[Row]) -> list[Row]:
+    """Rows whose values have types, as those of Parquet files and of the hub do, with `plain` values.
+
+    Raises CorpusError, with the row's number, for bytes that are no text.
+    """
+    found: list[Row] = []
+    for number, row in enumerate(rows, 1):
+        try:
+            found.append({name: plain(value) for name, value in row.items()})
+        except UnicodeDecodeError as error:
+            name = next(name for name, value in row.items() if value == error.object)
+            raise CorpusError(
+                f"{source!r}, row {number}: the field {name!r} holds bytes that are not UTF-8 text ({error.reason}); "
+                "name a field of text, or write the text into one"
+            ) from error
+    return found
+
+
+def plain(value: Any) -> Any:
+    """A value with a type of its own as text: what is taught must not depend on how Python happens to show an object.
+
+    Timestamps as "2024-03-15 12:30:00", with fractions and the offset ("+00:00") where they have them; dates and times
+    likewise (ISO 8601); durations as "1 day, 6:00:00"; decimals with all their digits, "1.10"; booleans as "true" and
+    "false"; bytes as the UTF-8 text that they hold; NaN is None, as in JSON. Integers, floats, text, lists and objects
+    stay as they are. Raises UnicodeDecodeError for other bytes.
+    """
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if isinstance(value, datetime.datetime):  # pandas' too, which has nanoseconds
+        return value.isoformat(sep=" ")
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, datetime.timedelta):
+        return str(value)
+    if isinstance(value, decimal.Decimal):
+        return f"{value:f}"
+    return value.decode("utf-8") if isinstance(value, bytes) else value
 
 
 def split_files(folder: Path, split: str) -> list[Path]:

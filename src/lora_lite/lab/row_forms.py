@@ -55,6 +55,7 @@ def _exchange(turns: Any) -> Exchange:
     if roles[:1] == ["system"] and isinstance(texts[0], str):
         system, roles, texts = texts[0].strip(), roles[1:], texts[1:]
     if roles != ["user", "assistant"]:
+        # An earlier turn is no part of one question: neither the splits by content nor the templates know of turns.
         return Exchange("", "", left_out="not one message of the user and one of the assistant")
     return Exchange(texts[0], texts[1], system)
 

@@ -7,17 +7,13 @@ scorer would notice. Answers that are all the same are told in the notes.
 """
 
 import re
-import textwrap
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable
 
 from tqdm.auto import tqdm
 
-from lora_lite.lab.row_files import row_format
-from lora_lite.lab.row_forms import exchanges, text_of
-from lora_lite.lab.scoring import RIGHT, Finder, Scorer, finder, mentions_number, normal, numeric, scorer
+from lora_lite.lab.row_parts import LONG, Part, read_part, row_notes, told
+from lora_lite.lab.scoring import RIGHT, Finder, Scorer, finder, mentions_number, numeric, scorer
 from lora_lite.lab.tasks import (
     SPLITS,
     Example,
@@ -26,14 +22,11 @@ from lora_lite.lab.tasks import (
     build_prompt,
     by_occurrence,
     by_reference,
-    content_key,
-    fingerprint,
     from_splits,
     require_no_instruction,
     require_sound_key,
     split_of,
 )
-from lora_lite.printable import one_line
 
 GSM8K, GSM8K_FIELDS = "openai/gsm8k:main", ("question", "answer")
 METAMATH = "meta-math/MetaMathQA"
@@ -43,56 +36,7 @@ METAMATH_NOTE = (
     "validation numbers flatter, and only the test is unseen."
 )
 VALIDATION_ROWS = 500
-LONG = 50_000  # rows from which on progress is shown
 _CALCULATOR = re.compile(r"<<.*?>>")  # GSM8K's "<<48/2=24>>", meant for a tool
-
-Key = tuple[bytes, bytes]  # content of the question and, in training, of the answer
-Maker = Callable[[str, str], Example]  # (question, answer) -> example
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where rows are from, how many there are, and how many of them have their question as the answer."""
-
-    source: str
-    split: str
-    read: int
-    echoes: int = 0
-
-    def __str__(self) -> str:
-        return self.source if row_format(self.source) else f"{self.source} ({self.split})"
-
-
-@dataclass
-class Part:
-    """The examples of one split by their content, where they are from, and how many rows were left out why.
-
-    In training a question may come with several answers, as most of MetaMathQA's do; elsewhere it counts once.
-    """
-
-    examples: dict[Key, Example]
-    origin: Origin
-    left_out: Counter[str]
-
-    def add(self, example: Example, several: bool) -> None:
-        """Add an example, or count it as left out if it was there. several: a question may have several answers."""
-        key = (content_key(example.prompt), content_key(example.answer) if several else b"")
-        if key in self.examples:
-            self.left_out["came before"] += 1
-        self.examples.setdefault(key, example)
-
-    def leave_out(self, why: str, keys: list[Key]) -> None:
-        """Take examples out, and count them."""
-        for key in keys:
-            del self.examples[key]
-        self.left_out[why] += len(keys)
-
-    def provenance(self) -> dict[str, Any]:
-        """What is known of the rows, as plain data."""
-        rows = list(self.examples.values())
-        origin = {"from": self.origin.source, "split": self.origin.split, "read": self.origin.read}
-        kept = {"rows": len(rows), "fingerprint": fingerprint(rows)}
-        return {**origin, **kept, "left_out": {why: n for why, n in self.left_out.items() if n}}
 
 
 def gsm8k_task(
@@ -181,7 +125,7 @@ def jsonl_task(
     given = {"validation": validation, "test": test}
     parts = {split: read_part(file, split, make, question, answer) for split, file in given.items() if file}
     shares = {split: Part({}, whole.origin, Counter()) for split in SPLITS if split not in parts}
-    shares["train"].left_out = whole.left_out
+    shares["train"].left_out, shares["train"].first = whole.left_out, whole.first
     for example in whole.examples.values():
         share = split_of(example.prompt)
         share = share if share in shares else "train"
@@ -194,34 +138,6 @@ TASKS: dict[str, Callable[..., Task]] = {
     "metamath_gsm8k": metamath_gsm8k_task,
     "jsonl": jsonl_task,
 }
-
-
-def read_part(source: str, split: str, make: Maker, question: str = "", answer: str = "") -> Part:
-    """The rows of a split as examples; those without question or answer and repeated ones left out and counted.
-
-    question, answer: fields; without both, see `row_forms`. Raises TaskError if every answer is its own question.
-    """
-    rows = exchanges(source, split, question, answer)
-    part, echoes = Part({}, Origin(source, split, len(rows)), Counter()), 0
-    for row in tqdm(rows, desc=one_line(f"read {source}"), unit="row", disable=len(rows) < LONG):
-        asked, told = (text_of(value, source) for value in (row.question, row.answer))
-        if not asked or not told:
-            part.left_out[row.left_out or "without question or answer"] += 1
-            continue
-        echoes += normal(asked) == normal(told)
-        example = make(asked, told)
-        if row.system:
-            require_no_instruction(row.system, example.chat)
-            example = replace(example, instruction=row.system)
-        part.add(example, several=split == "train")
-    if echoes and echoes == len(rows) - part.left_out.total():
-        fields, first = f"question={question or 'question'}, answer={answer or 'answer'}", str(rows[0].answer)
-        raise TaskError(
-            f"every answer in {source!r} is its own question ({fields}); the first is "
-            f"{textwrap.shorten(first, 120)!r}; name the field that holds the answers"
-        )
-    part.origin = Origin(source, split, len(rows), echoes)
-    return part
 
 
 def hold_back(train: Part, count: int | None) -> Part:
@@ -280,24 +196,5 @@ def leave_out_unsound(task: Task, train: Part) -> None:
         require_sound_key(task, list(train.examples.values()))
     train.leave_out("own answer does not score", unsound)
     if not train.examples:
-        raise TaskError(f"no training example of {task.name!r} is left; left out: {dict(train.left_out)}")
-
-
-def row_notes(parts: Mapping[str, Part], judge: Scorer) -> list[str]:
-    """What a reader must know of the rows: how many were left out and why, and what is odd about the answers."""
-    left_out: dict[Origin, Counter[str]] = {}
-    for part in parts.values():
-        left_out.setdefault(part.origin, Counter()).update(part.left_out)
-    lines = []
-    for origin, counts in left_out.items():
-        if total := counts.total():
-            reasons = ", ".join(f"{why} ({n:,})" for why, n in counts.most_common() if n)
-            lines.append(f"{total:,} of {origin.read:,} rows of {origin} left out: {reasons}")
-        if origin.echoes:
-            lines.append(f"{origin.echoes:,} of {origin.read:,} rows of {origin} have their question as the answer")
-    for split in SPLITS:
-        answers = [example.answer for example in parts[split].examples.values()]
-        if len(answers) > 1 and all(judge(answers[0], answer) >= RIGHT for answer in answers):
-            said = f"all {len(answers):,} {split} answers are the same, {textwrap.shorten(answers[0], 80)!r}"
-            lines.append(f"{said} (from {parts[split].origin}): who always says that is right without reading")
-    return lines
+        reasons = ", ".join(told(why, n, train.first.get(why)) for why, n in train.left_out.items() if n)
+        raise TaskError(f"no training example of {task.name!r} is left; left out: {reasons or 'none, there was none'}")

@@ -18,6 +18,7 @@ from lora_lite.config import DEFAULT_ROLES
 from lora_lite.lab.arms import ALL, Arm, parse_arms
 from lora_lite.lab.data import MAX_LENGTH
 from lora_lite.lab.models import EMBEDDED, QUANTIZATIONS
+from lora_lite.lab.shared_flags import TrustRemoteCode
 from lora_lite.lab.train import TrainConfig
 
 TUNING_SEED = 0
@@ -46,7 +47,8 @@ class Study:
         quantization: of the base: "none", "4bit" or "8bit".
         dtype: of the base: "float32", "bfloat16", or "auto": bfloat16 where the device computes in it.
         task: what to train on and measure: see `lora-lite train --help`.
-        train_examples: distinct examples to train on. None: as many as the steps can use.
+        train_examples: distinct examples to train on. None: as many as the steps can use. Of these and the next two:
+            all that there are where the task has fewer, which is said.
         validation_examples: those that the learning rate is chosen on.
         test_examples: items to measure on, the same for all.
         seeds: how many seeds at the chosen rate; they are 1, 2, ... (tuning uses 0).
@@ -78,6 +80,7 @@ class Study:
     model: str = EMBEDDED
     quantization: str = "none"
     dtype: str = "auto"
+    trust_remote_code: TrustRemoteCode = False
     task: str = "family_relationships"
     train_examples: int | None = None
     validation_examples: int = 64

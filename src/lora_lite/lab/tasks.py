@@ -138,6 +138,16 @@ class Task:
             return found, ()
         return found, (f"{self.name} has {len(found)} distinct {split} examples, {n} were asked for: all are used",)
 
+    def parts(self, sizes: Mapping[str, int], seed: int = 0) -> tuple[dict[str, list[Example]], tuple[str, ...]]:
+        """`up_to` for several splits: split -> its first examples, and the notes on those that have fewer.
+
+        sizes: split -> how many are asked for; 0 gives none. Raises TaskError if a split has none at all.
+        """
+        found = {split: self.up_to(split, n, seed) if n else ([], ()) for split, n in sizes.items()}
+        return {split: drawn for split, (drawn, _) in found.items()}, tuple(
+            line for _, lines in found.values() for line in lines
+        )
+
     def score(self, example: Example, completion: str) -> float:
         """The verifier's score of a completion, in [0, 1]; 1 is right, some verifiers give part of it.
 

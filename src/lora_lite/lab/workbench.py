@@ -15,12 +15,15 @@ from lora_lite.errors import LoraLiteError
 from lora_lite.lab.catalogue import load_task
 from lora_lite.lab.corpora import general_text
 from lora_lite.lab.data import Encoded, answer_budget, encode, text_windows
+from lora_lite.lab.devices import pick_device, pick_dtype
 from lora_lite.lab.evaluate import Evaluation, answer_loss_of, evaluate, text_loss
 from lora_lite.lab.models import load_model
 from lora_lite.lab.provenance import base_print, provenance
-from lora_lite.lab.run import CALIBRATION_BATCHES, needs_data, pick_device, pick_dtype
+from lora_lite.lab.run import needs_data
+from lora_lite.lab.run_config import CALIBRATION_BATCHES
 from lora_lite.lab.study import Job, Study
 from lora_lite.lab.tasks import Example, Task, fingerprint, require_sound_key
+from lora_lite.lab.terminal import note
 from lora_lite.lab.trackers import Trackers
 
 DATA_SEED = 0
@@ -69,7 +72,7 @@ class Workbench:
         """Read the model anew. The old one is let go first: two may not fit."""
         del self.model
         gc.collect()
-        self.model, _ = load_model(self.study.model, self.dtype, self.device, quantization=self.study.quantization)
+        self.model, _ = load_base(self.study, self.dtype, self.device)
 
     def require_base(self) -> None:
         """Raise `BaseChangedError` if the model's bits are not those it was read with."""
@@ -93,20 +96,32 @@ class Workbench:
         return evaluate(self.model, self.tokenizer, self.task, self.test, max_new_tokens=self.max_new_tokens)
 
 
+def load_base(
+    study: Study, dtype: torch.dtype, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The study's model and tokenizer. Raises `ModelError` if they cannot be read."""
+    trust = study.trust_remote_code
+    return load_model(study.model, dtype, device, quantization=study.quantization, trust_remote_code=trust)
+
+
 def open_workbench(study: Study) -> Workbench:
     """Load what a study needs. Raises what is wrong with the task, the data or the model, before anything is run."""
     device = pick_device(None)
     dtype = pick_dtype(study.dtype, device)
     task = load_task(study.task)
-    parts = {
-        "train": task.examples("train", study.training_examples, DATA_SEED),
-        "validation": task.examples("validation", study.validation_examples, DATA_SEED),
-        "test": task.examples("test", study.test_examples, DATA_SEED),
-    }
+    sizes = {
+        "train": study.training_examples, "validation": study.validation_examples, "test": study.test_examples,
+    }  # fmt: skip
+    parts, few = task.parts(sizes, DATA_SEED)
     for part in ("validation", "test"):
         require_sound_key(task, parts[part])
-    other = load_task(study.other_task).examples("test", study.other_examples, DATA_SEED) if study.other_task else []
-    model, tokenizer = load_model(study.model, dtype, device, quantization=study.quantization)
+    other: list[Example] = []
+    if study.other_task:
+        elsewhere, few_other = load_task(study.other_task).parts({"test": study.other_examples}, DATA_SEED)
+        other, few = elsewhere["test"], (*few, *few_other)
+    for line in few:
+        note(line)
+    model, tokenizer = load_base(study, dtype, device)
     encoded, counts = {}, {}
     for part, examples in {"train": parts["train"], "validation": parts["validation"], "other": other}.items():
         encoded[part], report = encode(examples, tokenizer, study.max_length) if examples else ([], None)
@@ -120,7 +135,10 @@ def open_workbench(study: Study) -> Workbench:
         "general": fingerprint([Example(str(tokenizer.decode(window)), "", "text") for window in windows]),
     }
     budget = study.max_new_tokens or answer_budget(task, tokenizer)
-    sources = {"task": dict(task.provenance), "tokens": counts, "notes": list(task.notes)}
+    sources = {
+        "task": dict(task.provenance), "tokens": counts, "notes": [*task.notes, *few],
+        "examples": {part: len(examples) for part, examples in parts.items()},
+    }  # fmt: skip
     return Workbench(
         study, device, dtype, model, tokenizer, task, encoded["train"], encoded["validation"], parts["test"], windows,
         encoded["other"], budget, prints, sources, partial(Trackers, (), device=device),
