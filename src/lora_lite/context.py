@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_lite.dial import TRAINED, Cell, Dial, Setting, Settings
+from lora_lite.dial import TRAINED, Cell, Dial, Lasting, Setting, Settings
 from lora_lite.errors import StateError
 
 NO_TASK = -1
@@ -60,17 +60,6 @@ class Call:
     mixed: bool = False
 
 
-@dataclass(eq=False)
-class _Lasting:
-    """A `scale` that was made and not (yet) entered; lasting for sure once it is settled, withdrawn when entered."""
-
-    owner: "weakref.ref[object]"
-    settings: Settings
-    thread: int
-    settled: bool = False
-    withdrawn: bool = False
-
-
 Entry = Block | Call
 _STACK: ContextVar[tuple[Entry, ...]] = ContextVar("lora_lite_stack", default=())
 _TASK: ContextVar[int] = ContextVar("lora_lite_task", default=NO_TASK)
@@ -85,7 +74,7 @@ class Coefficients:
     """The settings of one model's adapters. A copy of the model has those that all threads share, and no block's."""
 
     def __init__(self, settings: Settings | None = None, used: bool = False) -> None:
-        self._shared: tuple[Settings, tuple[_Lasting, ...]] = (settings or {}, ())  # replaced, never written to
+        self._shared: tuple[Settings, tuple[Lasting, ...]] = (settings or {}, ())  # replaced, never written to
         self._lock = threading.RLock()
         self.open_blocks = 0  # in all contexts
         self._recomputed: weakref.WeakValueDictionary[int, Call] = weakref.WeakValueDictionary()
@@ -158,13 +147,13 @@ class Coefficients:
         self.used = True
         with self._lock:
             base, lasting = self._folded()
-            added = _Lasting(weakref.ref(owner, self._publish), settings, threading.get_ident())
+            added = Lasting(weakref.ref(owner, self._publish), settings, threading.get_ident())
             self._shared = (base, (*lasting, added))
         self.mirror(settings)
 
-    def _folded(self) -> tuple[Settings, tuple[_Lasting, ...]]:
+    def _folded(self) -> tuple[Settings, tuple[Lasting, ...]]:
         """With those that can no longer be entered made part of the base; they hide what was set before them."""
-        base, kept = dict(self._shared[0]), list[_Lasting]()
+        base, kept = dict(self._shared[0]), list[Lasting]()
         for each in self._shared[1]:
             if each.owner() is None:
                 base |= each.settings
@@ -188,7 +177,7 @@ class Coefficients:
             self._publish()
         return base
 
-    def _known(self, each: _Lasting) -> bool:
+    def _known(self, each: Lasting) -> bool:
         # Between `scale(...)` and the `with` that enters it, its thread cannot use the model.
         each.settled |= each.owner() is None or each.thread == threading.get_ident()
         return each.settled or each.withdrawn

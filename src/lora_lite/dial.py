@@ -1,6 +1,7 @@
 """The coefficient of one adapter, and what it may be set to."""
 
 import threading
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -58,3 +59,14 @@ class Setting:
 
 Settings = Mapping[Dial, Setting]
 TRAINED = Setting(torch.ones((), dtype=torch.float64, device="cpu"))
+
+
+@dataclass(eq=False)
+class Lasting:
+    """A `scale` that was made and not (yet) entered; lasting for sure once it is settled, withdrawn when entered."""
+
+    owner: "weakref.ref[object]"
+    settings: Settings
+    thread: int
+    settled: bool = False
+    withdrawn: bool = False

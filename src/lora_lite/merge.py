@@ -7,15 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lite.adapter import Adapter, acting_on, adapters_on
+from lora_lite.adapter import acting_on, adapters_on
 from lora_lite.attach import drop, release, reset_compiler
-from lora_lite.coefficient import scale
-from lora_lite.dense import AFFINE_TOLERANCE, affine, probed, twin
-from lora_lite.errors import NotAffineError, StateError, TargetError
-from lora_lite.linear import bias, computes_its_weight, is_conv1d, is_linear, is_quantized, is_sharded, shape
-from lora_lite.packing import quant_state
+from lora_lite.errors import StateError
+from lora_lite.fold import Fold, eval_output, fold_layers, relative
+from lora_lite.linear import is_quantized, shape
 from lora_lite.quantization import forget_quantization
-from lora_lite.state import State, adapters_of, refuse_merged, root_of
+from lora_lite.state import State, refuse_merged, root_of
 from lora_lite.transaction import Transaction
 
 HOOKS = (
@@ -40,21 +38,6 @@ class Merged:
     error: float
 
 
-def adapted_layers(root: nn.Module, state: State, names: list[str]) -> dict[str, nn.Module]:
-    """Every layer that carries one of the adapters, by path, each target of the record checked to be there."""
-    paths = dict.fromkeys(path for name in names for path in adapters_of(root, name))
-    return {path: root.get_submodule(path) for path in paths}
-
-
-def _refuse_unmergeable(layers: dict[str, nn.Module]) -> None:
-    for path, layer in layers.items():
-        if "parametrizations" in layer._modules:
-            raise TargetError(f"{path}: its weight is computed (parametrized); remove the parametrization first")
-        for tensor in (layer.weight, bias(layer)):
-            if tensor is not None and is_sharded(tensor):  # type: ignore[arg-type]
-                raise TargetError(f"{path}: its weight is sharded; gather the model before merging")
-
-
 def _tied(root: nn.Module) -> set[int]:
     """The parameters that several modules hold, by identity; one module under several names holds its own."""
     owners: dict[int, int] = {}
@@ -73,83 +56,6 @@ def _places(root: nn.Module, layer: nn.Module) -> Iterator[tuple[str, nn.Module,
                 yield (f"{path}.{key}" if path else key), parent, key
 
 
-@dataclass(frozen=True)
-class _Fold:
-    """One layer's merged weights: W in the layer's own layout and the dtype it is to have, b or None; and what the
-    adapted layer makes y of random x, to compare with."""
-
-    W: Tensor
-    b: Tensor | None
-    rounding: float
-    x: Tensor
-    y: Tensor
-
-
-def _fold(root: nn.Module, state: State, name: str | None) -> dict[str, _Fold]:
-    names = list(state.adapters) if name is None else [name]
-    layers = adapted_layers(root, state, names)
-    _refuse_unmergeable(layers)
-    others = [each for each in state.adapters if each not in names]
-    folds: dict[str, _Fold] = {}
-    for path, layer in layers.items():
-        with scale(root, dict.fromkeys(others, 0.0)):
-            exact, b = affine(layer, path)
-        if any(each in others for each in layer.lora):  # type: ignore[union-attr, operator]
-            _refuse_other_acts(root, others, layer, path, names[0], exact, b)
-        dtype = merged_dtype(root, layer)
-        x = _probe(layer, dtype)
-        if not computes_its_weight(layer, x):
-            raise TargetError(
-                f"{path}: a {type(layer).__name__}, which computes something else than W x + b; detach it"
-            )
-        W = exact.to(dtype)
-        if not (torch.isfinite(W).all() and torch.isfinite(b.to(dtype)).all()):
-            raise StateError(f"{path}: its merged weights are not finite in {dtype}; look at the adapter's tensors")
-        rounding = _relative(W.double(), exact)
-        W = W.T if is_conv1d(layer) else W
-        b_or_none = b.to(dtype) if bias(layer) is not None or b.any() else None
-        folds[path] = _Fold(W.contiguous(), b_or_none, rounding, x, _eval_output(layer, x))
-    return folds
-
-
-@torch.no_grad()
-def _refuse_other_acts(
-    root: nn.Module, others: list[str], layer: nn.Module, path: str, name: str, W: Tensor, b: Tensor
-) -> None:
-    """Refuse to merge one adapter of a stack where the others would act in another way on the merged weights W, b.
-
-    Measured in fp64 with the others at coefficient 1: one at 0 would hide it.
-    """
-    with scale(root, dict.fromkeys(others, 1.0)):
-        whole = affine(layer, path)
-        rest = twin(layer)
-        del rest.lora[name]  # type: ignore[union-attr, operator]
-        rest.weight = nn.Parameter(W, requires_grad=False)
-        rest.bias = nn.Parameter(b, requires_grad=False)
-        for adapter in adapters_on(rest):
-            adapter.derive(rest)
-        with torch.device("cpu"):
-            found = probed(rest, *shape(layer), path)
-    if any(_relative(now, before) > AFFINE_TOLERANCE for now, before in zip(found, whole, strict=True)):
-        acting = ", ".join(each for each in layer.lora if each != name)  # type: ignore[union-attr, operator]
-        raise NotAffineError(
-            f"{path}: {acting} would act in another way on weights that {name!r} is merged into (measured), so the "
-            "outputs would change; merge the whole stack, or detach the others first"
-        )
-
-
-def merged_dtype(root: nn.Module, layer: nn.Module) -> torch.dtype:
-    """The dtype of a layer's merged weight: its own, or for a quantised layer the one the model computes in."""
-    if not is_quantized(layer):
-        return layer.weight.dtype  # type: ignore[union-attr, return-value]
-    # Not the layer's compute_dtype: it returns what it computes in that in the dtype of its input.
-    modules = list(root.modules())
-    others = [m for m in modules if not isinstance(m, Adapter) and not (is_linear(m) and is_quantized(m))]
-    floating = (p.dtype for m in others for p in m.parameters(recurse=False) if p.is_floating_point())
-    stored = getattr(quant_state(layer), "dtype", None) or getattr(layer, "compute_dtype", None)
-    return next(floating, stored or torch.float32)
-
-
 def merged_weights(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
     """The weights that `merge` would write, by state-dict key, without writing them.
 
@@ -160,7 +66,7 @@ def merged_weights(model: nn.Module, name: str | None = None) -> dict[str, Tenso
     refuse_merged(state, "merged_weights")
     found: dict[str, Tensor] = {}
     with Transaction(root):  # measuring runs layers in eval mode
-        folds = _fold(root, state, name)
+        folds = fold_layers(root, state, name)
     for path, fold in folds.items():
         for place, _, _ in list(_places(root, root.get_submodule(path))) or [(path, root, "")]:
             found[f"{place}.weight"] = fold.W
@@ -191,7 +97,7 @@ def merge(model: nn.Module, keep: bool = True, name: str | None = None) -> dict[
     refuse_merged(state, "merge")
     names = list(state.adapters) if name is None else [name]
     with Transaction(root) as undo:
-        folds, tied = _fold(root, state, name), _tied(root)
+        folds, tied = fold_layers(root, state, name), _tied(root)
         report: dict[str, Merged] = {}
         for path, fold in folds.items():
             layer = root.get_submodule(path)
@@ -202,7 +108,7 @@ def merge(model: nn.Module, keep: bool = True, name: str | None = None) -> dict[
             written = root.get_submodule(path)
             for adapter in acting_on(written):
                 adapter.derive(written)
-            error = _relative(_eval_output(written, fold.x).double(), fold.y.double())
+            error = relative(eval_output(written, fold.x).double(), fold.y.double())
             report |= {place: Merged(fold.rounding, error) for place, _, _ in _places(root, written)}
         if any(each.untied for each in state.merged.values()):
             _untie_configs(root, state, undo)
@@ -265,7 +171,7 @@ def _put_back(root: nn.Module, written: nn.Module, original: Original, undo: Tra
             adapter.derive(layer)
 
 
-def _write(root: nn.Module, layer: nn.Module, fold: _Fold, tied: set[int], undo: Transaction) -> Original:
+def _write(root: nn.Module, layer: nn.Module, fold: Fold, tied: set[int], undo: Transaction) -> Original:
     """Put the merged weights in place; returns what they replaced."""
     weight: nn.Parameter = layer.weight  # type: ignore[assignment]
     if is_quantized(layer):
@@ -285,7 +191,7 @@ def _write(root: nn.Module, layer: nn.Module, fold: _Fold, tied: set[int], undo:
     return original
 
 
-def _replace(root: nn.Module, layer: nn.Module, fold: _Fold) -> None:
+def _replace(root: nn.Module, layer: nn.Module, fold: Fold) -> None:
     """Put a plain layer in the place of a quantised one, with its adapters and hooks (other tools' among them)."""
     i, o = shape(layer)
     plain = nn.Linear(i, o, fold.b is not None, device=layer.weight.device, dtype=fold.W.dtype)
@@ -312,23 +218,3 @@ def _configs(root: nn.Module) -> list[Any]:
     own = [vars(module)["config"] for module in root.modules() if "config" in vars(module)]
     nested = [each for config in own for each in vars(config).values() if hasattr(each, "tie_word_embeddings")]
     return list({id(config): config for config in [*own, *nested]}.values())
-
-
-def _probe(layer: nn.Module, dtype: torch.dtype) -> Tensor:
-    rng = torch.Generator().manual_seed(0)
-    x = torch.randn(8, shape(layer)[0], generator=rng, dtype=torch.float32, device="cpu")
-    return x.to(layer.weight.device, dtype)  # type: ignore[arg-type, union-attr]
-
-
-def _eval_output(layer: nn.Module, x: Tensor) -> Tensor:
-    training = {module: module.training for module in layer.modules()}
-    layer.eval()
-    try:
-        return layer(x).cpu()
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-
-
-def _relative(found: Tensor, exact: Tensor) -> float:
-    return float((found - exact).norm() / exact.norm().clamp(min=torch.finfo(torch.float64).tiny))
