@@ -81,11 +81,11 @@ def test_a_file_is_json_and_numbers(method: str, tmp_path: Path) -> None:
     model = tiny_llama()
     att = attached(model, method, [token_ids()])
     header, tensors = on_disk(ll.save(model, tmp_path / "adapter.safetensors"))
-    assert header["format"] == 1 and header["name"] == "default" and header["train_also"] == []
+    assert header["format"] == 2 and header["name"] == "default" and header["train_also"] == []
     assert [each["variant"] for each in header["configs"]] == [method]
     assert set(header["targets"]) == set(att.targets)
     stored = {f"{path}.lora.{key}" for path, adapter in att.targets.items() for key in adapter.state_dict()}
-    assert set(tensors) == stored | {f"{path}.sketch" for path in att.targets}
+    assert set(tensors) == stored | {f"{path}.sketch" for path in att.targets} | {"base"}
     assert {entry["dtype"] for entry in tensors.values()} == {"F32"}
 
 

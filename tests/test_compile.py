@@ -96,5 +96,6 @@ with pytest.raises(ll.StateError, match="head is compiled and trained as well"):
 """
 
 
+@pytest.mark.slow
 def test_compiled_code_is_refused_where_it_would_be_the_base_with_trained_weights() -> None:
     subprocess.run([sys.executable, "-W", "ignore", "-c", DISABLED], cwd=FOLDER, check=True, timeout=300)

@@ -113,10 +113,14 @@ def same(one: tuple[Any, ...], model: nn.Module) -> bool:
     )
 
 
+OTHERS = (("attach", "pissa"), ("attach", "antipasto"), ("merge", "hra"), ("unmerge", "hra"), ("detach", "hra"),
+          ("load", "antipasto"))  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("operation", "method"),
-    [*((operation, "lora") for operation in OPERATIONS), ("attach", "pissa"), ("attach", "antipasto"),
-     ("merge", "hra"), ("unmerge", "hra"), ("detach", "hra"), ("load", "antipasto")],
+    [*((operation, "lora") for operation in OPERATIONS),
+     *(pytest.param(*pair, marks=pytest.mark.slow) for pair in OTHERS)],
 )  # fmt: skip
 @pytest.mark.usefixtures("as_installed")
 def test_interrupted_at_every_line(operation: str, method: str, tmp_path: Path) -> None:

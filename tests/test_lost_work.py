@@ -230,7 +230,7 @@ def test_running_averages_fit_the_model(tmp_path: Path) -> None:
     file = ll.save(trained(), tmp_path / "a.safetensors")
     model: Any = Normed()
     model.bn = nn.LayerNorm(8)
-    with pytest.raises(ll.CheckpointError, match=r"holds bn\.running_mean \(8,\), which the model has not"):
+    with pytest.raises(ll.CheckpointError, match=r"holds bn\.running_mean \(8,\), which this model has not"):
         ll.load(model, file, base="any")
 
 

@@ -1,5 +1,6 @@
 """Several adapters at once: they add up, whatever the order; each has its own coefficient and can leave alone."""
 
+import functools
 import itertools
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ def add(model: OneLayer, method: str, name: str) -> None:
     assert list(att.targets) == ["layer"]
 
 
+@functools.cache
 def alone(method: str, x: Tensor) -> tuple[Tensor, Tensor]:
     """(x', change of the output at x) of one method by itself."""
     model = OneLayer(16, 24)
@@ -67,7 +69,7 @@ def test_pairs(method: str) -> None:
 @pytest.mark.parametrize("before", [None, *BEFORE])
 def test_three(before: str | None) -> None:
     """Some of the methods that act after W, by twos with a `before` and by threes without, in all orders."""
-    combinations = list(itertools.combinations(AFTER, 2 if before else 3))[:: 5 if before else 10]
+    combinations = list(itertools.combinations(AFTER, 2 if before else 3))[:: 10 if before else 40]
     for chosen in combinations:
         three = (*chosen, before) if before else chosen
         found = [layer_with(order)(X) for order in itertools.permutations(three)]

@@ -143,10 +143,10 @@ def computes_its_weight(layer: nn.Module, x: Tensor) -> bool:
     quantised). The layer runs in eval mode, and without its hooks."""
     b, mode = bias(layer), layer.training
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32  # enough for the tolerances below
-    expected = x.to("cpu", wide) @ dense(layer).to("cpu", wide).T + (0 if b is None else b.to("cpu", wide))
     layer.training = False
     try:
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False), torch.autocast("cpu", enabled=False):
+            expected = x.to("cpu", wide) @ dense(layer).to("cpu", wide).T + (0 if b is None else b.to("cpu", wide))
             found = layer.forward(x)
     finally:
         layer.training = mode

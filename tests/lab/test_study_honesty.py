@@ -64,6 +64,7 @@ def test_a_failed_base_and_failed_costs_are_told(model: str, tmp_path: Path, mon
     assert commands.show(tmp_path, page=False) == 1
 
 
+@pytest.mark.slow
 def test_costs_wait_for_all_other_runs_and_for_each_other(model: str, tmp_path: Path) -> None:
     study = small(model, rates=1, seeds=1, costs=True)
     opened = bench.open_workbench(study)

@@ -87,6 +87,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
                 torch.testing.assert_close(found[key], value, rtol=1e-4, atol=2e-6, msg=f"{case} {rank} {key}")
 
 
+@pytest.mark.slow
 def test_a_run_killed_and_resumed_ends_with_the_same_bits(tmp_path: Path) -> None:
     losses, tensors = run(tmp_path / "whole")
     script = (

@@ -124,9 +124,9 @@ def shape_cost(model: PreTrainedModel, configs: Sequence[AdapterConfig]) -> Row:
     """What shapes tell of one arm on a model on the meta device.
 
     Returns: trainable; targets (number of adapted layers); stored_bytes (of the tensors in the file, with the sketches
-    of the base; names and settings beside them add some hundred bytes a layer); stored_bytes_without_basis (the same
-    for `save(..., basis=False)`; None where that is refused, or there is no basis); macs_token, macs_step
-    (see `added_macs`, summed over the targets).
+    of the base; 128 bytes for each further parameter of the base, names and settings come on top);
+    stored_bytes_without_basis (the same for `save(..., basis=False)`; None where that is refused, or there is no
+    basis); macs_token, macs_step (see `added_macs`, summed over the targets).
 
     A method that plans its layers from data is taken at its config instead: EVA with rho > 1 moves ranks between layers
     and keeps their mean, so its sums hold where the layers have equal shapes and are near elsewhere.
