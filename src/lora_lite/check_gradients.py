@@ -161,7 +161,7 @@ class Differences:
 
     def step(self, aim: float) -> float | None:
         """A step that moves the outputs by about `aim` of their size; None where none does."""
-        parts, step = self.direction(0), 0.5
+        parts, step, found = self.direction(0), 0.5, 0.0
         for _ in range(3):
             found = self.change(parts, step)
             factor = min(max(aim / found, 1e-2), 1e2) if 0 < found < math.inf else (1e2 if found == 0 else 1e-2)

@@ -116,7 +116,7 @@ class Errors:
                 joint=around(difference, factor * reach[at]),
                 alone=around(difference, reach[at]),
                 p=(1 + tail) / (1 + count),
-                seen=detectable(self.means[other[at]], factor * reach[at] + typical[at]),
+                seen=detectable(float(self.means[other[at]]), float(factor * reach[at] + typical[at])),
             )
         return found
 
@@ -186,7 +186,7 @@ def around(difference: float, reach: float) -> Interval:
 
 def detectable(accuracy: float, distance: float) -> float | None:
     """`distance`, if an arm can lie so far above or below an accuracy; None if there is room for neither."""
-    return float(distance) if distance <= max(accuracy, 1 - accuracy) else None
+    return distance if distance <= max(accuracy, 1 - accuracy) else None
 
 
 def accuracy(correct: np.ndarray) -> Interval:
