@@ -4,12 +4,12 @@ SHELL := bash
 .DEFAULT_GOAL := help
 
 VENV ?= .venv
-VARIANT ?= lora
+METHOD ?= lora
 JOBS ?= 2
 ARGS ?=
 
 # What an earlier demo left is gone on with, or told again if it is whole; --resume of nothing would be refused.
-DEMO := runs/demo-$(VARIANT)
+DEMO := runs/demo-$(METHOD)
 DEMO_RESUME := $(if $(wildcard $(DEMO)/checkpoints/step-* $(DEMO)/result.json),--resume)
 
 BIN := $(VENV)/bin
@@ -22,7 +22,7 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo '  VARIANT=dora picks the demo'"'"'s method; ARGS="-k dora" is handed to pytest, or to the demo'"'"'s command.'
+	@echo '  METHOD=dora picks the demo'"'"'s method; ARGS="-k dora" is handed to pytest, or to the demo'"'"'s command.'
 
 setup: $(STAMP) ## create or bring up to date .venv, at the versions of constraints.txt
 
@@ -58,7 +58,7 @@ browser: ## install chromium for the tests of pages, where apt-get and root are 
 	fi
 
 demo: $(STAMP) ## fine-tune, measure, save and reload an adapter on the embedded model
-	$(BIN)/lora-lite train --preset demo $(DEMO_RESUME) --out $(DEMO) $(VARIANT) $(ARGS)
+	$(BIN)/lora-lite train --preset demo $(DEMO_RESUME) --out $(DEMO) $(METHOD) $(ARGS)
 
 bench: $(STAMP) ## compare three methods in minutes and make the page: the small version of the committed study
 	$(BIN)/lora-lite study methods --smoke --out runs/bench $(ARGS)

@@ -21,8 +21,8 @@ from timing import Timing, machine, take_turns, write
 from torch import Tensor, nn
 
 import lora_lite as ll
-from lora_lite.calibration import calibrate
-from lora_lite.frozen_basis import Basis
+from lora_lite.calibration.collector import calibrate
+from lora_lite.frozen_basis.basis import Basis
 from lora_lite.lab.macs import added_macs
 
 R, I, O, TOKENS = 256, 3584, 1024, 1024  # tokens of a step, and of a calibration

@@ -24,7 +24,7 @@ def entries() -> dict[str, dict[str, list]]:
 
 def formula(method: str) -> str:
     """The indented lines at the head of the method's file."""
-    doc = importlib.import_module(ll.variants()[method].__module__).__doc__ or ""
+    doc = importlib.import_module(ll.methods()[method].__module__).__doc__ or ""
     lines = [line for line in doc.splitlines() if line.startswith("    ")]
     return "\n".join(lines)
 
@@ -32,13 +32,13 @@ def formula(method: str) -> str:
 def page() -> str:
     """The whole page."""
     parts = [HEAD]
-    for method, cls in ll.variants().items():
+    for method, cls in ll.methods().items():
         entry = entries()[method]
         doc = (importlib.import_module(cls.__module__).__doc__ or "").splitlines()[0]
         parts += [
             f"## {method}",
             "",
-            f"{re.sub(r'arXiv:.*', '', doc).strip(' .,:')}: [{cls.title}](https://arxiv.org/abs/{cls.arxiv}).",
+            f"{re.sub(r'arXiv:.*', '', doc).strip(' .,:')}: [{cls.facts.title}](https://arxiv.org/abs/{cls.facts.arxiv}).",
             "",
             f"Paper: {entry['paper']}",
             "",

@@ -34,9 +34,9 @@ def methods() -> str:
         "|---|---|---|---|---|---|",
     ]
     common = {field for field in ll.AdapterConfig().to_dict()} - {"r", "alpha", "target_names"}
-    for name, cls in ll.variants().items():
+    for name, cls in ll.methods().items():
         known = facts(cls)
-        paper = f"[{cls.title}](https://arxiv.org/abs/{cls.arxiv})"
+        paper = f"[{cls.facts.title}](https://arxiv.org/abs/{cls.facts.arxiv})"
         start = "exactly" if known["identity_bound"] == 0 else f"to {known['identity_bound']:.0e}"
         settings = ", ".join(
             f"`{key}={value!r}`" for key, value in known["config"].items() if key not in common and value

@@ -174,7 +174,7 @@ PARTS = {each.__name__: each for each in (steps, rows, coming_and_going, wrapper
 def main() -> None:
     backend, model, *groups = sys.argv[1:]
     for parts, _, methods in (group.partition("@") for group in groups):
-        for method in methods.split(",") if methods else [m for m in METHODS if ll.variants()[m].trained]:
+        for method in methods.split(",") if methods else [m for m in METHODS if ll.methods()[m].facts.trained]:
             for part in parts.split(","):
                 found = PARTS[part](Case(method, backend, model))
                 print(json.dumps({"method": method, "part": part, **found}), flush=True)

@@ -36,6 +36,16 @@ def as_installed() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+@pytest.fixture(autouse=True)
+def _methods_of_a_test_go_with_it() -> Iterator[None]:
+    from lora_lite.registry import _BY_CONFIG
+
+    kept = dict(_BY_CONFIG)
+    yield
+    _BY_CONFIG.clear()
+    _BY_CONFIG.update(kept)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Turn our own warnings into errors.
 

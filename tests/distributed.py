@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lora_lite as ll
 from helpers import tiny_llama, token_ids
-from lora_lite import processes
+from lora_lite.calibration import processes
 
 EVA = ll.EVAConfig(r=4)
 

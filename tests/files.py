@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import lora_lite as ll
 from helpers import anatomy, bits, perturb, same_bits
-from lora_lite.adapter_file import METADATA_KEY, checksum
+from lora_lite.files.format import METADATA_KEY, checksum
 
 Header, Tensors = dict[str, Any], dict[str, Tensor]
 

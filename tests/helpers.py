@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 import lora_lite as ll
 from lora_lite.adapter import Adapter
-from lora_lite.packing import is_packed, unpacked
+from lora_lite.layers.packing import is_packed, unpacked
 
-METHODS = list(ll.variants())
+METHODS = list(ll.methods())
 
 
 def tiny_llama(dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> nn.Module:
@@ -48,12 +48,12 @@ class OneLayer(nn.Module):
 
 def tiny(method: str, **changes: Any) -> Any:
     """The method's own small config, for any layer (names and roles not asked for)."""
-    return ll.variants()[method].tiny().replace(**{"target_names": (), "target_roles": (), **changes})
+    return ll.methods()[method].tiny().replace(**{"target_names": (), "target_roles": (), **changes})
 
 
 def calibration(cfg: Any, batches: Iterable[Any]) -> Iterable[Any] | None:
     """The batches, if the config's method needs any; as one side of a contrast, if it needs that."""
-    cls = next(cls for cls in ll.variants().values() if cls.Config is type(cfg))
+    cls = next(cls for cls in ll.methods().values() if cls.Config is type(cfg))
     needs = cls.needs(cfg)
     if any(name.startswith("contrast") for name in needs):
         return ll.Contrast(list(batches), [other(batch) for batch in batches])

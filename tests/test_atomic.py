@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 import pytest
 
 import lora_lite as ll
-from lora_lite import atomic
-from lora_lite.atomic import write_atomically
+from lora_lite.files import atomic
+from lora_lite.files.atomic import write_atomically
 
 GONE = 4_194_305  # beyond the largest process id of Linux
 DAY = 24 * 3600
@@ -75,7 +75,7 @@ def test_files_that_are_not_ours_stay(tmp_path: Path) -> None:
 WRITER = """
     import sys
     from pathlib import Path
-    from lora_lite.atomic import write_atomically
+    from lora_lite.files.atomic import write_atomically
     where, letter = Path(sys.argv[1]), sys.argv[2].encode()
     for _ in range(60):
         write_atomically(where, letter * 20_000)

@@ -10,8 +10,8 @@ from torch import nn
 
 import lora_lite as ll
 from helpers import anatomy, bits, perturb, same_bits, tiny_llama, token_ids
-from lora_lite.attachment import Attachment
-from lora_lite.base_check import SKETCH_COSINE, sketch
+from lora_lite.files.base_check import SKETCH_COSINE, sketch
+from lora_lite.runtime.attachment import Attachment
 
 CONFIG = ll.LoRAConfig(r=2)
 

@@ -14,8 +14,8 @@ from torch import Tensor
 import lora_lite as ll
 import textbook
 from helpers import OneLayer, relative, tiny_llama, token_ids
-from lora_lite.frozen_basis import KINDS
-from lora_lite.linear import dense
+from lora_lite.frozen_basis.basis import KINDS
+from lora_lite.layers.linear import dense
 
 F64 = torch.float64
 SHAPES = [(24, 16), (16, 24), (16, 16)]  # (i, o)
@@ -232,6 +232,6 @@ def test_presets_are_the_gain_on_another_basis() -> None:
     for name in ("corda", "asvd"):
         X, found = data(24), []
         for method, changes in (("antipasto", {"basis": name}), (f"antipasto_{name}", {})):
-            cfg = ll.variants()[method].Config(r=8, target_roles=(), **changes)
+            cfg = ll.methods()[method].Config(r=8, target_roles=(), **changes)
             found.append(ll.attach(OneLayer(24, 16), cfg, [X]).targets["layer"].state_dict())
         assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())

@@ -20,14 +20,14 @@ def attached(model: nn.Module, method: str, data: Any, **changes: Any) -> ll.Att
 
 def one_step(model: nn.Module, method: str) -> None:
     """One AdamW step at the method's own learning rate, towards a random target."""
-    optimizer = torch.optim.AdamW(ll.param_groups(model, lr=ll.variants()[method].lr))
+    optimizer = torch.optim.AdamW(ll.param_groups(model, lr=ll.methods()[method].facts.lr))
     ids = token_ids()
     logits = model(input_ids=ids).logits
     torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids.roll(-1, 1).flatten()).backward()
     optimizer.step()
 
 
-TRAINED = [method for method in METHODS if ll.variants()[method].trained]
+TRAINED = [method for method in METHODS if ll.methods()[method].facts.trained]
 
 
 @pytest.mark.parametrize("method", TRAINED)
@@ -46,7 +46,7 @@ def test_tensors_that_start_at_zero_or_one_move(method: str) -> None:
             now = att.targets[path].get_parameter(key).detach()
             moved[path, key] = torch.maximum(moved[path, key], (now - value).abs())
     for key, distance in moved.items():  # a step of AdamW is about lr for every entry with a gradient
-        assert float((distance > 0.5 * ll.variants()[method].lr).float().mean()) > 0.9, key
+        assert float((distance > 0.5 * ll.methods()[method].facts.lr).float().mean()) > 0.9, key
     with torch.no_grad():
         assert not torch.equal(model(input_ids=token_ids()).logits, before)
 
@@ -70,7 +70,7 @@ def test_the_output_moves_the_right_way(method: str) -> None:
 
 
 @pytest.mark.parametrize("size", [1e-3, 1e-2, 1e-1])
-@pytest.mark.parametrize("method", [method for method in METHODS if ll.variants()[method].affine])
+@pytest.mark.parametrize("method", [method for method in METHODS if ll.methods()[method].facts.affine])
 def test_a_layers_change_is_the_fp64_one_to_rounding(method: str, size: float) -> None:
     """The change itself, not the output it is added to: what is small must not be formed from what is large."""
     model = OneLayer(48, 32, dtype=BF16)

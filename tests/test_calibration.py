@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lora_lite as ll
 from helpers import OneLayer, anatomy, attached, bits, relative, same_bits, tiny_llama, token_ids
-from lora_lite.calibration import calibrate
-from lora_lite.linear import dense
-from lora_lite.stats import STATISTICS
+from lora_lite.calibration.collector import calibrate
+from lora_lite.calibration.statistics import STATISTICS
+from lora_lite.layers.linear import dense
 
 F64 = torch.float64
 SHAPES = [(24, 16), (16, 24)]  # (i, o)

@@ -14,7 +14,7 @@ from helpers import METHODS, bits, calibration, same_bits, tiny, tiny_llama, tok
 
 IDS = token_ids()
 X = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
-TRAINED = [name for name in METHODS if ll.variants()[name].trained]
+TRAINED = [name for name in METHODS if ll.methods()[name].facts.trained]
 SLOW = (torch.float64, torch.float16, torch.bfloat16)
 DTYPES = [torch.float32, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in SLOW)]
 FINE = {torch.float64: 2e-2, torch.float32: 2e-2, torch.float16: 0.15, torch.bfloat16: 0.25}

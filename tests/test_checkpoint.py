@@ -82,7 +82,7 @@ def test_a_file_is_json_and_numbers(method: str, tmp_path: Path) -> None:
     att = attached(model, method, [token_ids()])
     header, tensors = on_disk(ll.save(model, tmp_path / "adapter.safetensors"))
     assert header["format"] == 2 and header["name"] == "default" and header["train_also"] == []
-    assert [each["variant"] for each in header["configs"]] == [method]
+    assert [each["method"] for each in header["configs"]] == [method]
     assert set(header["targets"]) == set(att.targets)
     stored = {f"{path}.lora.{key}" for path, adapter in att.targets.items() for key in adapter.state_dict()}
     assert set(tensors) == stored | {f"{path}.sketch" for path in att.targets} | {"base"}
@@ -96,7 +96,7 @@ def test_overwrite_in_place(method: str, tmp_path: Path) -> None:
     expected = logits(model)
     path = ll.save(model, tmp_path / "adapter.safetensors")
     kept = {key: (p, p.data_ptr()) for key, p in model.named_parameters() if ".lora." in key}
-    trained = ll.variants()[method].trained
+    trained = ll.methods()[method].facts.trained
     optimizer = torch.optim.AdamW(ll.param_groups(model, lr=1e-2)) if trained else None
     perturb(att.targets.values(), seed=5)
     for adapter in att.targets.values():  # frozen tensors come back as well

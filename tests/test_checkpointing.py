@@ -108,7 +108,7 @@ def test_gradients_of_a_lora(case: Callable[[nn.Module], None], kind: str) -> No
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_of_every_method(method: str, kind: str) -> None:
-    if ll.variants()[method].trained:
+    if ll.methods()[method].facts.trained:
         both(method, kind, [ends_before_backward, two_forwards])
 
 

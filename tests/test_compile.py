@@ -40,7 +40,7 @@ def verify(values: dict[str, Any], tolerance: float) -> None:
     assert values.get("merged", 0.0) < 1e-5, values
 
 
-TRAINED = [method for method in METHODS if ll.variants()[method].trained]
+TRAINED = [method for method in METHODS if ll.methods()[method].facts.trained]
 REST = ("rows", "coming_and_going", "wrapper", "checkpointed")
 
 

@@ -17,7 +17,7 @@ from helpers import METHODS, tiny
 from lora_lite.config import DTYPES, ROLES
 
 pytestmark = pytest.mark.usefixtures("as_installed")
-CONFIGS = [cls.Config for cls in ll.variants().values()]
+CONFIGS = [cls.Config for cls in ll.methods().values()]
 RANKED = [Config for Config in CONFIGS if "r" not in Config.unused]
 SCALED = [Config for Config in CONFIGS if "alpha" not in Config.unused]
 

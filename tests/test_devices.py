@@ -29,7 +29,7 @@ def test_a_dispatched_model(method: str, tmp_path: Path) -> None:
         attached(each, method, [IDS])
     assert torch.equal(model(IDS).logits, plain(IDS).logits)
     before = bits(model.model.embed_tokens)
-    if ll.variants()[method].trained:
+    if ll.methods()[method].facts.trained:
         train(model, IDS)
     assert same_bits(before, model.model.embed_tokens)
     path = ll.save(model, tmp_path / "a.safetensors")
@@ -84,7 +84,7 @@ def test_a_model_dispatched_after_attach(method: str) -> None:
 def test_adapters_go_where_the_layer_computes(method: str) -> None:
     """Which is the hook's device, not the weight's. "meta" stands for the accelerator that tests do not have."""
     model, cfg = OneLayer(16, 24, dtype=torch.float32), tiny(method)
-    if ll.variants()[method].needs(cfg):
+    if ll.methods()[method].needs(cfg):
         return  # its calibration would have to run on that device
     add_hook_to_module(model.layer, AlignDevicesHook(execution_device="meta"))
     model.layer.weight = torch.nn.Parameter(torch.randn(24, 16))  # the hook has moved them: back to the CPU

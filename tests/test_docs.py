@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from lora_lite import adapter
-
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
@@ -17,13 +15,8 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 @pytest.mark.parametrize("page", [page for page in PAGES if BLOCK.search(page.read_text())], ids=lambda page: page.name)
 def test_the_python_blocks_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    registry = dict(adapter._REGISTRY)
     source = "\n\n".join(BLOCK.findall(page.read_text()))
-    try:
-        exec(compile(source, str(page), "exec"), {"__name__": page.stem})  # the page is the test
-    finally:
-        adapter._REGISTRY.clear()
-        adapter._REGISTRY.update(registry)
+    exec(compile(source, str(page), "exec"), {"__name__": page.stem})  # the page is the test
 
 
 def test_what_is_generated_in_the_pages_is_up_to_date() -> None:

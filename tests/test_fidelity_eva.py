@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lora_lite as ll
 from helpers import relative, tiny_llama, token_ids
-from lora_lite.calibration import calibrate
+from lora_lite.calibration.collector import calibrate
 
 F64 = torch.float64
 COMMON: dict[str, Any] = {"dtype": F64, "target_roles": ()}

@@ -20,7 +20,7 @@ CONFIGS = {  # further configs of a method than its tiny one
     "lora_xs": [{"r": 5, "alpha": 7.0}],
     "pissa": [{"r": 5, "alpha": 7.0}],
 }
-AFFINE = [method for method in METHODS if ll.variants()[method].affine]
+AFFINE = [method for method in METHODS if ll.methods()[method].facts.affine]
 CASES = [(method, changes) for method in AFFINE for changes in ({}, *CONFIGS.get(method, []))]
 
 
@@ -54,7 +54,7 @@ def test_forward_and_gradients_are_the_papers(method: str, changes: dict[str, An
     x = torch.randn(2, 5, i, dtype=F64, generator=rng, requires_grad=True)
     weigh = torch.randn(2, 5, o, dtype=F64, generator=rng)
     W1, b1 = EQUATIONS[method](W, b, trained, start, adapter.cfg)
-    for c in (1.0, 0.5, -1.0) if adapter.linear_in_c else (1.0,):
+    for c in (1.0, 0.5, -1.0) if adapter.facts.linear_in_c else (1.0,):
         expected = x @ (W + c * (W1 - W)).T + b + c * (b1 - b)
         with ll.scale(model, c):
             y = model(x)
@@ -85,7 +85,7 @@ def test_the_equation_starts_at_the_base(method: str, changes: dict[str, Any], i
 
 @pytest.mark.parametrize("kind", ["zero", "rank one", "row", "column"])
 @pytest.mark.parametrize(("i", "o"), SHAPES[:2])
-@pytest.mark.parametrize("method", [method for method in METHODS if ll.variants()[method].trained])
+@pytest.mark.parametrize("method", [method for method in METHODS if ll.methods()[method].facts.trained])
 def test_a_degenerate_weight_gives_finite_numbers(method: str, i: int, o: int, kind: str) -> None:
     """No norm, root or factorisation may divide by zero: such weights occur (zero-initialised or pruned layers)."""
     model = OneLayer(i, o, dtype=torch.float32)
@@ -96,7 +96,7 @@ def test_a_degenerate_weight_gives_finite_numbers(method: str, i: int, o: int, k
         by_kind = {"zero": 0 * W, "rank one": torch.outer(W[:, 0], W[0]), "row": one_row, "column": one_column}
         W.copy_(by_kind[kind])
     x = torch.randn(50, i, generator=torch.Generator().manual_seed(7))
-    cfg = tiny(method, **({} if "r" in ll.variants()[method].Config.unused else {"r": 16}))
+    cfg = tiny(method, **({} if "r" in ll.methods()[method].Config.unused else {"r": 16}))
     y = model(x).detach()
     adapter = ll.attach(model, cfg, calibration(cfg, [x])).targets["layer"]
     bound = adapter.identity_bound(cfg, torch.float32)
@@ -225,14 +225,14 @@ def test_lora_xs_starts_at_zero_or_at_the_papers_noise() -> None:
     assert 0 < relative(ll.merged_weights(model)["layer.weight"], W) < 1e-3
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if hasattr(ll.variants()[name].Config, "rslora")])
+@pytest.mark.parametrize("method", [name for name in METHODS if hasattr(ll.methods()[name].Config, "rslora")])
 def test_rslora_divides_by_the_root_of_r(method: str) -> None:
     plain, stabilised = (attached(method, 24, 16, r=9, alpha=6.0, rslora=flag)[1] for flag in (False, True))
     assert math.isclose(plain.cfg.scaling, 6 / 9)
     assert math.isclose(stabilised.cfg.scaling, 6 / 3)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if hasattr(ll.variants()[name].Config, "dropout")])
+@pytest.mark.parametrize("method", [name for name in METHODS if hasattr(ll.methods()[name].Config, "dropout")])
 def test_dropout_acts_in_training_alone_and_on_the_low_rank_path(method: str) -> None:
     model, adapter = attached(method, 24, 16, r=3, alpha=6.0, dropout=0.5)
     perturb([adapter], 0.3)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 import lora_lite as ll
 from helpers import METHODS, OneLayer, attached, relative, tiny
 
-READERS = [name for name in METHODS if ll.variants()[name].reads_weight]
+READERS = [name for name in METHODS if ll.methods()[name].reads_weight]
 
 
 class Transposed(nn.Linear):

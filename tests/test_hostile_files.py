@@ -16,7 +16,7 @@ from safetensors.torch import save as to_bytes
 import lora_lite as ll
 from files import CONFIG, Net, Tensors, X, forged, live_net, parts, refused, unchanged, victims
 from helpers import METHODS, attached
-from lora_lite.adapter_file import METADATA_KEY
+from lora_lite.files.format import METADATA_KEY
 
 pytestmark = pytest.mark.usefixtures("as_installed")
 FUZZ = settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -61,12 +61,12 @@ def test_tensors_that_do_not_fit(name: str, good: bytes, tmp_path: Path) -> None
 
 # Metadata that do not fit
 
-LORA = {"variant": "lora", "config": CONFIG.to_dict()}
+LORA = {"method": "lora", "config": CONFIG.to_dict()}
 HEADERS: dict[str, tuple[tuple[Any, ...], Any, str]] = {
     "format": (("format",), 3, "has format 3, this version reads 2; use the version that wrote it"),
-    "unknown variant": (("configs", 0, "variant"), "lorra", "unknown method .*'lorra'; methods here: .*lora"),
-    "variant of no kind": (("configs", 0, "variant"), ["lora"], "metadata is not valid"),
-    "another variant": (("configs", 0, "variant"), "ia3", "metadata is not valid: IA3Config"),
+    "unknown method": (("configs", 0, "method"), "lorra", "unknown method .*'lorra'; methods here: .*lora"),
+    "method of no kind": (("configs", 0, "method"), ["lora"], "metadata is not valid"),
+    "another method": (("configs", 0, "method"), "ia3", "metadata is not valid: IA3Config"),
     "unknown field": (("configs", 0, "config", "rank"), 2, r"LoRAConfig: unknown fields \['rank'\]"),
     "r string": (("configs", 0, "config", "r"), "8", "LoRAConfig.r = '8': must be an integer >= 1"),
     "r float": (("configs", 0, "config", "r"), 2.0, "LoRAConfig.r = 2.0"),
@@ -178,7 +178,7 @@ def test_anything_anywhere_in_the_metadata(good: bytes, tmp_path: Path, data: st
     assert unchanged(model, before)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if "r" not in ll.variants()[name].Config.unused])
+@pytest.mark.parametrize("method", [name for name in METHODS if "r" not in ll.methods()[name].Config.unused])
 @pytest.mark.parametrize("r", [10**9, 2**62, 10**30])
 def test_a_hostile_rank_takes_no_memory(method: str, r: int, tmp_path: Path) -> None:
     model = Net()

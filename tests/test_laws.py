@@ -54,7 +54,7 @@ def test_nothing_but_merge_writes_the_base(method: str, dtype: torch.dtype, tmp_
     own = {id(p) for adapter in att.targets.values() for p in adapter.parameters()}
     assert {id(p) for p in model.parameters() if p.requires_grad} == own
 
-    adapters = [adapter for adapter in att.targets.values() if adapter.trained]
+    adapters = [adapter for adapter in att.targets.values() if adapter.facts.trained]
     if adapters:
         perturb(adapters)
         values = [bits(adapter) for adapter in adapters]
@@ -81,7 +81,7 @@ def test_identity_at_attach_of_one_layer(method: str, dtype: torch.dtype) -> Non
             base = model(x)
             att = attach_tiny(model, method, [x])
             adapter = att.targets["layer"]
-            with ll.scale(model, 1.0 if adapter.trained else 0.0):
+            with ll.scale(model, 1.0 if adapter.facts.trained else 0.0):
                 found = model(x)
             error = float((found - base).abs().max().detach() / base.abs().max().detach())
             assert found.dtype == dtype
@@ -136,7 +136,7 @@ def test_c_is_absolute(method: str) -> None:
     assert torch.equal(model(x), full)
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if ll.variants()[method].linear_in_c])
+@pytest.mark.parametrize("method", [method for method in METHODS if ll.methods()[method].facts.linear_in_c])
 @pytest.mark.parametrize(("i", "o"), SHAPES)
 def test_c_multiplies_the_whole_change(method: str, i: int, o: int) -> None:
     """x' = x + c (before(x) - x) and y' = y + c change, seen at the layer, in fp64."""
@@ -152,7 +152,7 @@ def test_c_multiplies_the_whole_change(method: str, i: int, o: int) -> None:
         return seen.pop(), y
 
     x1, y1 = at(1.0)
-    assert torch.equal(x1, x) == (ll.variants()[method].before is None)
+    assert torch.equal(x1, x) == (ll.methods()[method].before is None)
     assert relative(y1, base) > 1e-3
     for c in (-1.0, 0.37, 2.5):
         x_c, y_c = at(c)
@@ -194,7 +194,7 @@ def _fault(method: str, where: str, monkeypatch: pytest.MonkeyPatch, data: list[
             raise Broken
 
         return batches()
-    original, calls = getattr(ll.variants()[method], where), []
+    original, calls = getattr(ll.methods()[method], where), []
 
     def fault(*args: Any, **kwargs: Any) -> None:
         calls.append(args)
@@ -202,7 +202,7 @@ def _fault(method: str, where: str, monkeypatch: pytest.MonkeyPatch, data: list[
             raise Broken
         original(*args, **kwargs)
 
-    monkeypatch.setattr(ll.variants()[method], where, fault)
+    monkeypatch.setattr(ll.methods()[method], where, fault)
     return data
 
 
@@ -216,7 +216,7 @@ def test_attach_is_all_or_nothing(method: str, first: bool, monkeypatch: pytest.
     if first:
         attached(model, "lora", name="first")
     before, shape_before = bits(model), anatomy(model)
-    moments = ["init", "derive", *(["calibration"] if ll.variants()[method].needs(cfg) else [])]
+    moments = ["init", "derive", *(["calibration"] if ll.methods()[method].needs(cfg) else [])]
     for where in moments:
         with monkeypatch.context() as patch, pytest.raises(Broken):
             ll.attach(model, cfg, calibration(cfg, _fault(method, where, patch, data)), name="second")

@@ -13,7 +13,7 @@ from torch import nn
 
 import lora_lite as ll
 from helpers import METHODS, attached, bits, perturb, same_bits, tiny, tiny_llama, token_ids
-from lora_lite import adapter_file
+from lora_lite.files import format as adapter_file
 
 IDS = token_ids()
 ATTENTION = tiny("lora", target_names=("q_proj",))

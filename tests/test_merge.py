@@ -25,8 +25,8 @@ from helpers import (
 
 F64, BF16 = torch.float64, torch.bfloat16
 TOLERANCE = 1e-10
-AFFINE = [method for method in METHODS if ll.variants()[method].affine]
-BEFORE = [method for method in AFFINE if ll.variants()[method].acts() == "before"]
+AFFINE = [method for method in METHODS if ll.methods()[method].facts.affine]
+BEFORE = [method for method in AFFINE if ll.methods()[method].acts() == "before"]
 AFTER = [method for method in AFFINE if method not in BEFORE]
 SHAPES = [(24, 16), (16, 24), (16, 16)]
 

@@ -1,7 +1,7 @@
 """Merging: what it refuses, before anything is written, and what it leaves behind."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lora_lite as ll
 from helpers import OneLayer, anatomy, attached, bits, perturb, relative, same_bits, tiny, tiny_llama, token_ids
-from lora_lite.adapter import _REGISTRY, Adapter
+from lora_lite.adapter import Adapter
 
 F64 = torch.float64
 PAPER: dict[str, Any] = {"title": "A method for this test", "arxiv": "0000.00000", "lr": 1e-3, "lr_range": (1e-4, 1e-2)}
@@ -30,16 +30,15 @@ class TwoLayers(nn.Module):
 
 
 @pytest.fixture
-def temporary() -> Iterator[Callable[..., type[Adapter]]]:
-    """A function that registers a one-parameter method with a given `change`; forgotten after the test."""
-    known = set(_REGISTRY)
+def temporary() -> Callable[..., type[Adapter]]:
+    """A function that registers a one-parameter method with a given `change`."""
 
     def make(change: Callable[[Any, Tensor, Tensor, Tensor], Tensor], affine: bool) -> type[Adapter]:
         @dataclass(frozen=True)
         class Config(ll.AdapterConfig):
             unused = ("r", "alpha")
 
-        @ll.register("temporary", Config, affine=affine, **PAPER)
+        @ll.register(Config, ll.Facts("temporary", affine=affine, **PAPER))
         class Temporary(Adapter):
             def __init__(self, cfg: Config, i: int, o: int) -> None:
                 super().__init__(cfg)
@@ -50,9 +49,7 @@ def temporary() -> Iterator[Callable[..., type[Adapter]]]:
 
         return Temporary
 
-    yield make
-    for name in set(_REGISTRY) - known:
-        del _REGISTRY[name]
+    return make
 
 
 def square(adapter: Any, x: Tensor, y: Tensor, c: Tensor) -> Tensor:

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import lora_lite as ll
-from lora_lite.adapter import _REGISTRY, Adapter, register
+from lora_lite.adapter import Adapter
 from lora_lite.config import AdapterConfig
+from lora_lite.facts import Facts
+from lora_lite.registry import register
 
 X = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(0))
 
@@ -32,15 +34,8 @@ def own(**methods: Callable[..., Any]) -> AdapterConfig:
 
     for key, value in methods.items():
         setattr(Own, key, value)
-    _REGISTRY.pop("own", None)
-    register("own", OwnConfig, title="", arxiv="", lr=1e-3, lr_range=(1e-4, 1e-2))(Own)
+    register(OwnConfig, Facts("own", title="", arxiv="", lr=1e-3, lr_range=(1e-4, 1e-2)))(Own)
     return OwnConfig(r=2, target_roles=())
-
-
-@pytest.fixture(autouse=True)
-def _forgotten() -> Any:
-    yield
-    _REGISTRY.pop("own", None)
 
 
 WRONG: dict[str, tuple[dict[str, Callable[..., Any]], str]] = {

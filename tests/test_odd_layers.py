@@ -12,7 +12,7 @@ import lora_lite as ll
 from helpers import METHODS, tiny
 
 SIZE = 128
-READERS = [name for name in METHODS if ll.variants()[name].reads_weight]
+READERS = [name for name in METHODS if ll.methods()[name].reads_weight]
 X = torch.randn(6, SIZE, generator=torch.Generator().manual_seed(0))
 
 

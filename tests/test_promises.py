@@ -160,7 +160,7 @@ def test_nothing_is_built_on_a_weight_that_another_adapter_trains() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("method", [method for method in METHODS if ll.variants()[method].affine])
+@pytest.mark.parametrize("method", [method for method in METHODS if ll.methods()[method].facts.affine])
 def test_adapters_of_any_dtype_run_and_merge(method: str, dtype: torch.dtype) -> None:
     model = OneLayer(16, 24, dtype=torch.float32)
     x = torch.randn(12, 16)

@@ -18,8 +18,8 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import lora_lite as ll
 from helpers import METHODS, attached, bits, calibration, relative, same_bits, tiny, train
-from lora_lite.linear import dense
-from lora_lite.packing import forbid_packing
+from lora_lite.layers.linear import dense
+from lora_lite.layers.packing import forbid_packing
 
 I, H, O = 128, 256, 64
 
@@ -133,9 +133,9 @@ def test_attach_changes_nothing(method: str, kind: str, dtype: torch.dtype) -> N
     model, x = net(kind, dtype), inputs(dtype)
     before, y = bits(model), output(bare(model), x)
     cfg = tiny(method, **QUANTIZED)
-    cls = ll.variants()[method]
+    cls = ll.methods()[method]
     att = ll.attach(model, cfg, calibration(cfg, [x]))
-    with ll.scale(model, 1.0 if cls.trained else 0.0):
+    with ll.scale(model, 1.0 if cls.facts.trained else 0.0):
         error = float((output(model, x) - y).abs().max() / y.abs().max())
     bound = cls.identity_bound(cfg, dtype)
     if bound and kind in ROUNDS_INPUTS:  # a last bit of the input may turn into one of the 127 steps
@@ -156,7 +156,7 @@ def test_trains_saves_and_loads(method: str, kind: str, tmp_path: Path) -> None:
     cfg = tiny(method, **QUANTIZED)
     att = ll.attach(model, cfg, calibration(cfg, [x]))
     start = [p.detach().clone() for adapter in att.targets.values() for p in adapter.parameters()]
-    if ll.variants()[method].trained:
+    if ll.methods()[method].facts.trained:
         train(model, x, steps=2)
         now = [p for adapter in att.targets.values() for p in adapter.parameters()]
         assert all(torch.isfinite(p).all() for p in now)
@@ -172,7 +172,7 @@ def test_trains_saves_and_loads(method: str, kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", [name for name in METHODS if ll.variants()[name].affine])
+@pytest.mark.parametrize("method", [name for name in METHODS if ll.methods()[name].facts.affine])
 def test_merges_into_plain_layers_and_back(method: str, kind: str, dtype: torch.dtype) -> None:
     model, x = net(kind, dtype), inputs(dtype)
     attached(model, method, [x], **QUANTIZED)

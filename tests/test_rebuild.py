@@ -10,7 +10,7 @@ from torch import Tensor
 
 import lora_lite as ll
 from helpers import OneLayer, bits, calibration, perturb, relative, same_bits, tiny, tiny_llama, token_ids
-from lora_lite import rebuild
+from lora_lite.frozen_basis import rebuild
 
 F64 = torch.float64
 X = torch.randn(60, 24, generator=torch.Generator().manual_seed(5)) * torch.logspace(0, -1, 24)

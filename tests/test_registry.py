@@ -15,9 +15,10 @@ from torch import nn
 
 import lora_lite as ll
 from helpers import METHODS, tiny
-from lora_lite.adapter import Adapter, register, variant_of
+from lora_lite.adapter import Adapter
+from lora_lite.calibration.statistics import STATISTICS
 from lora_lite.config import AdapterConfig
-from lora_lite.stats import STATISTICS
+from lora_lite.registry import method_of, register
 
 LONGEST = 120  # lines of a method's file
 FOUNDATION = {"lora", "pissa", "dora", "delora", "hra", "eva", "ia3", "ia3_ff", "road", "lora_xs"}
@@ -26,59 +27,59 @@ FOUNDATION = {"lora", "pissa", "dora", "delora", "hra", "eva", "ia3", "ia3_ff", 
 def test_the_published_methods_are_there() -> None:
     assert set(METHODS) >= FOUNDATION
     assert list(METHODS) == sorted(METHODS)
-    assert ll.variants() == ll.variants()
+    assert ll.methods() == ll.methods()
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_facts(method: str) -> None:
-    cls: Any = ll.variants()[method]
-    assert issubclass(cls, Adapter) and cls.name == method and re.fullmatch(r"[a-z][a-z0-9_]*", method)
+    cls: Any = ll.methods()[method]
+    assert issubclass(cls, Adapter) and cls.facts.name == method and re.fullmatch(r"[a-z][a-z0-9_]*", method)
     assert issubclass(cls.Config, AdapterConfig) and cls.Config is not AdapterConfig
     assert cls.Config.__name__.lower() == method.replace("_", "") + "config"
-    assert len(cls.title) > 10 and re.fullmatch(r"\d{4}\.\d{5}", cls.arxiv)
-    assert isinstance(cls.affine, bool) and isinstance(cls.trained, bool)
-    rates = (*cls.lr_range, cls.lr)
-    assert rates == (0, 0, 0) if not cls.trained else 0 < rates[0] <= cls.lr <= rates[1] < 1
+    assert len(cls.facts.title) > 10 and re.fullmatch(r"\d{4}\.\d{5}", cls.facts.arxiv)
+    assert isinstance(cls.facts.affine, bool) and isinstance(cls.facts.trained, bool)
+    rates = (*cls.facts.lr_range, cls.facts.lr)
+    assert rates == (0, 0, 0) if not cls.facts.trained else 0 < rates[0] <= cls.facts.lr <= rates[1] < 1
     assert cls.acts() in ("before", "after") and (cls.acts() == "before") == (cls.before is not None)
     assert cls.before is not None or cls.change is not Adapter.change
     for cfg in (cls.Config(), tiny(method)):
         assert cls.needs(cfg) <= set(STATISTICS)
         for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             assert 0 <= cls.identity_bound(cfg, dtype) <= (0.1 if cfg == cls.Config() else 0.31)
-    assert variant_of(cls.Config()) is cls
+    assert method_of(cls.Config()) is cls
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_tensors_that_facts_speak_of_are_there(method: str) -> None:
-    cls: Any = ll.variants()[method]
+    cls: Any = ll.methods()[method]
     with torch.device("meta"):  # shapes only, as load and cost need it
         adapter = cls(tiny(method), 24, 16)
     parameters = dict(adapter.named_parameters())
     assert all(value.is_meta and value.ndim > 0 for value in adapter.state_dict().values())
-    assert set(cls.decay) | set(cls.lora_plus) <= set(parameters)
-    assert bool(parameters) == cls.trained
+    assert set(cls.facts.decay) | set(cls.facts.lora_plus) <= set(parameters)
+    assert bool(parameters) == cls.facts.trained
     assert not any(isinstance(module, nn.Linear) for module in adapter.modules())
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_is_one_short_file_that_documents_itself(method: str) -> None:
-    cls = ll.variants()[method]
+    cls = ll.methods()[method]
     module = importlib.import_module(cls.__module__)
     source = Path(inspect.getfile(cls)).read_text()
     assert cls.__module__.rsplit(".", 1)[-1] == method and cls.Config.__module__ == cls.__module__
     assert len(source.splitlines()) < LONGEST
     doc = module.__doc__ or ""
-    assert cls.arxiv in doc and re.search(r"arXiv:\d{4}\.\d{5}", doc)
+    assert cls.facts.arxiv in doc and re.search(r"arXiv:\d{4}\.\d{5}", doc)
     assert re.search(r"^\s*[xy]' = .+", doc, re.MULTILINE), "no formula"
     assert cls.__doc__ and re.search(r"\bc\b", cls.__doc__), "does not say what the coefficient means"
     own = {field.name for field in dataclasses.fields(cls.Config)} - {f.name for f in dataclasses.fields(AdapterConfig)}
     documented = " ".join(base.__doc__ or "" for base in cls.Config.__mro__)
     assert all(f"{field}:" in documented for field in own)
-    assert cls.name not in {name for name, other in ll.variants().items() if other is not cls}
+    assert cls.facts.name not in {name for name, other in ll.methods().items() if other is not cls}
 
 
 def test_every_file_of_the_folder_is_registered() -> None:
-    folder = Path(inspect.getfile(importlib.import_module("lora_lite.variants"))).parent
+    folder = Path(inspect.getfile(importlib.import_module("lora_lite.methods"))).parent
     assert {path.stem for path in folder.glob("*.py")} - {"__init__"} == set(METHODS)
 
 
@@ -93,7 +94,7 @@ def facts(**changes: Any) -> Any:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_taken_names_and_configs_are_refused(method: str) -> None:
-    before = ll.variants()
+    before = ll.methods()
     for name, Config in ((method, NewConfig), ("new", before[method].Config)):
         with pytest.raises(ValueError, match=rf"register\('{name}', {Config.__name__}\): already taken by "):
 
@@ -101,7 +102,7 @@ def test_taken_names_and_configs_are_refused(method: str) -> None:
             class New(Adapter):
                 pass
 
-    assert ll.variants() == before
+    assert ll.methods() == before
 
 
 def test_a_config_that_no_method_registered() -> None:
@@ -110,11 +111,11 @@ def test_a_config_that_no_method_registered() -> None:
 
 
 def test_a_method_is_registered_once_even_if_its_file_runs_again() -> None:
-    module = importlib.import_module("lora_lite.variants.lora")
-    before = ll.variants()["lora"]
+    module = importlib.import_module("lora_lite.methods.lora")
+    before = ll.methods()["lora"]
     try:
         again = importlib.reload(module)
-        assert ll.variants()["lora"] is again.LoRA and list(ll.variants()) == METHODS
+        assert ll.methods()["lora"] is again.LoRA and list(ll.methods()) == METHODS
     finally:
         register(
             "lora",
@@ -125,7 +126,7 @@ def test_a_method_is_registered_once_even_if_its_file_runs_again() -> None:
 
 
 def test_names_of_the_package() -> None:
-    for cls in ll.variants().values():
+    for cls in ll.methods().values():
         assert getattr(ll, cls.Config.__name__) is cls.Config
         assert cls.Config.__name__ in dir(ll)
     for name in ll.__all__:
@@ -139,16 +140,16 @@ def test_names_of_the_package() -> None:
 IMPORTS = """
 import sys, warnings
 import lora_lite as ll
-assert len(ll.variants()) >= 10 and callable(ll.variants), "the folder of methods hides the function of that name"
+assert len(ll.methods()) >= 10 and ll.methods.lora.LoRA, "the folder and the function are one"
 assert ll.LoRAConfig(r=2).r == 2
 import torch
 model = torch.nn.Sequential(torch.nn.Linear(8, 8))
-for name, cls in ll.variants().items():
+for name, cls in ll.methods().items():
     cfg = cls.tiny().replace(target_roles=(), target_names=())
-    data = [torch.randn(20, 8)] if cls.trained else ll.Contrast([torch.randn(20, 8)], [torch.randn(20, 8)])
+    data = [torch.randn(20, 8)] if cls.facts.trained else ll.Contrast([torch.randn(20, 8)], [torch.randn(20, 8)])
     ll.attach(model, cfg, data if cls.needs(cfg) else None)
     ll.save(model, sys.argv[1]); ll.detach(model); ll.load(model, sys.argv[1])
-    ll.merge(model, keep=False) if cls.affine else ll.detach(model)
+    ll.merge(model, keep=False) if cls.facts.affine else ll.detach(model)
 found = [name for name in sys.modules if name.split(".")[0] in ("transformers", "peft", "bitsandbytes", "accelerate")]
 assert not found, found
 assert not [name for name in sys.modules if name.startswith("lora_lite.lab") or name == "lora_lite.cli"]

@@ -14,11 +14,11 @@ from torch import Tensor
 import lora_lite as ll
 import textbook
 from helpers import METHODS, OneLayer, bits, calibration, perturb, relative, same_bits, tiny
-from lora_lite.sspace import FrozenBasisAdapter
+from lora_lite.frozen_basis.adapter import FrozenBasisAdapter
 
 F64 = torch.float64
-FAMILY = [name for name in METHODS if issubclass(ll.variants()[name], FrozenBasisAdapter)]
-CORES = [name for name in FAMILY if ll.variants()[name].trained]
+FAMILY = [name for name in METHODS if issubclass(ll.methods()[name], FrozenBasisAdapter)]
+CORES = [name for name in FAMILY if ll.methods()[name].facts.trained]
 seeds, cs = st.integers(0, 10**6), st.floats(0, 1)
 X = torch.randn(40, 24, dtype=F64, generator=torch.Generator().manual_seed(5))
 
@@ -255,7 +255,7 @@ def test_sizes_that_do_not_fit(method: str, changes: dict[str, Any], words: str)
 @pytest.mark.parametrize("method", [name for name in CORES if name != "lora_xs"])
 def test_the_default_r_is_lowered_to_the_layers_rank(method: str) -> None:
     model = OneLayer(24, 18)
-    cfg = ll.variants()[method].Config(target_roles=())
+    cfg = ll.methods()[method].Config(target_roles=())
     att = ll.attach(model, cfg, calibration(cfg, [X]))
     r = 16 if method == "antipasto_rot" else 18  # a multiple of the block
     assert att.targets["layer"].r == r and f"U (18, {r})" in att.summary()

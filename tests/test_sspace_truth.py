@@ -38,7 +38,7 @@ def data(i: int) -> torch.Tensor:
 def build(method: str, basis: str, i: int, o: int, side: str, **changes: Any) -> tuple[OneLayer, Any, Any]:
     """(model, adapter, (U, S, P) of the textbook)."""
     model, X = OneLayer(i, o).eval(), data(i)
-    cfg = ll.variants()[method].Config(r=8, basis=basis, side=side, dtype=F64, target_roles=(), **changes)
+    cfg = ll.methods()[method].Config(r=8, basis=basis, side=side, dtype=F64, target_roles=(), **changes)
     att = ll.attach(model, cfg, [X] if cfg.basis.needs else None)  # type: ignore[attr-defined]
     adapter: Any = att.targets["layer"]
     found = textbook.basis(basis, model.layer.weight.detach(), X, adapter.r)
@@ -102,7 +102,7 @@ def test_identity_at_attach(method: str, changes: dict[str, Any], basis: str, si
     model = OneLayer(24, 16, dtype=dtype)
     X = data(24).to(dtype)
     base = model(X)
-    cfg = ll.variants()[method].Config(r=8, basis=basis, side=side, target_roles=(), **changes)
+    cfg = ll.methods()[method].Config(r=8, basis=basis, side=side, target_roles=(), **changes)
     adapter: Any = ll.attach(model, cfg, [X] if cfg.basis.needs else None).targets["layer"]  # type: ignore[attr-defined]
     bound = adapter.identity_bound(cfg, dtype)
     if bound == 0:

@@ -14,7 +14,7 @@ from helpers import METHODS, OneLayer, attached, bits, relative, same_bits, tiny
 
 IDS = token_ids()
 X = torch.randn(5, 7, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-BEFORE = [method for method in METHODS if ll.variants()[method].before is not None]
+BEFORE = [method for method in METHODS if ll.methods()[method].before is not None]
 AFTER = [method for method in METHODS if method not in BEFORE]
 
 
@@ -93,7 +93,7 @@ def test_each_has_its_own_coefficient() -> None:
     model = OneLayer(16, 24)
     base = model(X)
     changes = {}
-    linear = [method for method in AFTER if ll.variants()[method].linear_in_c]
+    linear = [method for method in AFTER if ll.methods()[method].facts.linear_in_c]
     for method in linear:
         changes[method] = alone(method, X)[1]
         add(model, method, method)
@@ -154,7 +154,7 @@ def pair() -> list[ll.AdapterConfig]:
 def test_a_list_of_configs_is_one_adapter(tmp_path: Path) -> None:
     model = tiny_llama()
     att = ll.attach(model, pair(), name="ia3")
-    kinds = {path.rsplit(".", 1)[-1]: adapter.name for path, adapter in att.targets.items()}
+    kinds = {path.rsplit(".", 1)[-1]: adapter.facts.name for path, adapter in att.targets.items()}
     assert kinds == {"k_proj": "ia3", "v_proj": "ia3", "down_proj": "ia3_ff"}
     with torch.no_grad():
         for index, adapter in enumerate(att.targets.values()):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import lora_lite as ll
 from helpers import tiny_llama
-from lora_lite.targets import candidates, near_misses, role, select, uncovered
+from lora_lite.layers.targets import candidates, near_misses, role, select, uncovered
 from zoo import ARCHITECTURES
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -372,7 +372,7 @@ def test_overlapping_configs_are_refused() -> None:
 def test_every_method_finds_its_own_default_targets() -> None:
     model = tiny_llama()
     expected = {"ia3": {"k_proj", "v_proj"}, "ia3_ff": {"down_proj"}, "sspace": {"o_proj", "down_proj"}}
-    for name, cls in ll.variants().items():
+    for name, cls in ll.methods().items():
         cfg = cls.tiny()
         found = {path.rsplit(".", 1)[-1] for path in select(model, cfg)}
         assert found == expected.get(name, {*ATTENTION, *MLP})

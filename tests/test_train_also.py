@@ -138,15 +138,15 @@ def test_groups_hold_each_trained_tensor_once(method: str) -> None:
     assert set(listed) == {id(p) for p in model.parameters() if p.requires_grad}
     assert all(group["params"] for group in groups)
     of = {id(p): group for group in groups for p in group["params"]}
-    cls = ll.variants()[method]
+    cls = ll.methods()[method]
     for adapter in att.targets.values():
         for key, p in adapter.named_parameters():
-            assert of[id(p)]["weight_decay"] == (0.1 if key in cls.decay else 0.0)
-            assert of[id(p)]["lr"] == (1e-3 * 16 if key in cls.lora_plus else 1e-3)
+            assert of[id(p)]["weight_decay"] == (0.1 if key in cls.facts.decay else 0.0)
+            assert of[id(p)]["lr"] == (1e-3 * 16 if key in cls.facts.lora_plus else 1e-3)
     assert of[id(model.lm_head.weight)]["weight_decay"] == 0.1 and of[id(model.lm_head.weight)]["lr"] == 1e-3
     assert of[id(model.model.norm.weight)]["weight_decay"] == 0.0
     names = {key for adapter in att.targets.values() for key, _ in adapter.named_parameters()}
-    assert set(cls.decay) | set(cls.lora_plus) <= names
+    assert set(cls.facts.decay) | set(cls.facts.lora_plus) <= names
     torch.optim.AdamW(groups).step()
 
 

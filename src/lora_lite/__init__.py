@@ -6,17 +6,10 @@ import lora_lite as ll
 from importlib.metadata import version as _version
 from typing import Any
 
-# The folder first: importing it later would put the module in the place of the function of that name.
-from lora_lite import variants as _methods  # noqa: F401
-from lora_lite.adapter import Adapter, register, variants
-from lora_lite.attach import attach, detach
-from lora_lite.attachment import Attachment, attachment, base_state_dict
-from lora_lite.check import CheckReport, check
-from lora_lite.checkpoint import load, save
-from lora_lite.coefficient import disabled, scale
+from lora_lite.adapter import Adapter
+from lora_lite.calibration.contrast import Contrast
+from lora_lite.checking.check import CheckReport, check
 from lora_lite.config import AdapterConfig
-from lora_lite.contrast import Contrast
-from lora_lite.cost import AttachCost
 from lora_lite.errors import (
     BaseMismatchError,
     CalibrationError,
@@ -30,9 +23,16 @@ from lora_lite.errors import (
     StateError,
     TargetError,
 )
-from lora_lite.frozen_basis import Basis, register_basis
-from lora_lite.merge import Merged, merge, merged_weights, unmerge
+from lora_lite.facts import Facts
+from lora_lite.files.checkpoint import load, save
+from lora_lite.frozen_basis.basis import Basis, register_basis
+from lora_lite.merging.merge import Merged, merge, merged_weights, unmerge
 from lora_lite.optim import param_groups
+from lora_lite.registry import methods, register
+from lora_lite.runtime.attach import attach, detach
+from lora_lite.runtime.attach_cost import AttachCost
+from lora_lite.runtime.attachment import Attachment, attachment, base_state_dict
+from lora_lite.runtime.coefficient import disabled, scale
 
 __version__ = _version("lora-lite")
 
@@ -49,6 +49,7 @@ __all__ = [
     "CheckpointError",
     "CoefficientError",
     "Contrast",
+    "Facts",
     "LoraLiteError",
     "LoraLiteWarning",
     "Merged",
@@ -65,18 +66,18 @@ __all__ = [
     "load",
     "merge",
     "merged_weights",
+    "methods",
     "param_groups",
     "register",
     "register_basis",
     "save",
     "scale",
     "unmerge",
-    "variants",
 ]
 
 
 def _configs() -> dict[str, type[AdapterConfig]]:
-    return {cls.Config.__name__: cls.Config for cls in variants().values()}
+    return {cls.Config.__name__: cls.Config for cls in methods().values()}
 
 
 def __getattr__(name: str) -> Any:

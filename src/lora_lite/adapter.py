@@ -1,9 +1,9 @@
-"""What an adapter is: a small module under its target layer, and the registry of methods."""
+"""What an adapter is: a small module under its target layer."""
 
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lora_lite.config import AdapterConfig
 from lora_lite.errors import MethodError
+from lora_lite.facts import Facts
 from lora_lite.numerics import add_lowrank, cast, full_precision
 
 # Shapes, checked by the tests: a layer's input and output, and the factors (h, B) of a low-rank change h B^T.
@@ -44,18 +45,9 @@ class Adapter(nn.Module):
     least one of `before` (of the input) and `change` (of the output). Everything else follows from `register`.
     """
 
-    # Facts, set by `register`.
-    name: ClassVar[str]
+    # Set by `register`.
     Config: ClassVar[type[AdapterConfig]]
-    title: ClassVar[str]
-    arxiv: ClassVar[str]
-    affine: ClassVar[bool]
-    linear_in_c: ClassVar[bool]
-    trained: ClassVar[bool]
-    lr: ClassVar[float]
-    lr_range: ClassVar[tuple[float, float]]
-    decay: ClassVar[tuple[str, ...]]
-    lora_plus: ClassVar[tuple[str, ...]]
+    facts: ClassVar[Facts]
 
     rebuildable: ClassVar[tuple[str, ...]] = ()
     """Frozen tensors that are singular directions of W, so that `save(..., basis=False)` can leave them out."""
@@ -171,8 +163,8 @@ class Adapter(nn.Module):
 
     def _misfit(self, what: str, expected: str, given: str) -> MethodError:
         return MethodError(
-            f"{self.path}: {what} of the method {self.name!r} ({type(self).__name__}) must return {expected}, but "
-            f"returned {given}; mend {type(self).__name__}.{what}"
+            f"{self.path}: {what} of the method {self.facts.name!r} ({type(self).__name__}) must return {expected}, "
+            f"but returned {given}; fix {type(self).__name__}.{what}"
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Adapter":
@@ -203,74 +195,6 @@ def adapters_on(layer: nn.Module) -> list[Adapter]:
 def acting_on(layer: nn.Module) -> list[Adapter]:
     """Those of a layer's adapters that are not merged."""
     return [adapter for adapter in adapters_on(layer) if not adapter.merged]
-
-
-_REGISTRY: dict[str, type[Adapter]] = {}
-AdapterClass = TypeVar("AdapterClass", bound=type[Adapter])
-
-
-def register(
-    name: str,
-    Config: type[AdapterConfig],
-    *,
-    title: str,
-    arxiv: str,
-    lr: float = 0.0,
-    lr_range: tuple[float, float] = (0.0, 0.0),
-    affine: bool = True,
-    linear_in_c: bool = True,
-    trained: bool = True,
-    decay: tuple[str, ...] = (),
-    lora_plus: tuple[str, ...] = (),
-) -> Callable[[AdapterClass], AdapterClass]:
-    """Class decorator that makes an `Adapter` known as `name`, keyed by its config's type.
-
-    Args:
-        name: registry name, used in files and on the command line.
-        Config: its config class; one method each.
-        title, arxiv: the paper.
-        lr, lr_range: default learning rate, and the range worth searching; a method that is not trained has none.
-        affine: whether the adapted layer is an affine function of its input, so that it merges.
-        linear_in_c: whether c multiplies the whole change.
-        trained: False for a method whose tensors are computed, not trained.
-        decay: tensors whose zero means "no change", so that weight decay makes sense.
-        lora_plus: tensors that LoRA+ trains at a larger learning rate.
-    Raises:
-        ValueError: the name or the config class is taken by another class.
-    """
-
-    def decorate(cls: AdapterClass) -> AdapterClass:
-        for other in _REGISTRY.values():
-            same = (other.__module__, other.__qualname__) == (cls.__module__, cls.__qualname__)
-            if not same and (other.name == name or other.Config is Config):
-                raise ValueError(f"register({name!r}, {Config.__name__}): already taken by {other.__qualname__}")
-        facts = {
-            "title": title, "arxiv": arxiv, "affine": affine, "linear_in_c": linear_in_c, "trained": trained, "lr": lr,
-            "lr_range": lr_range, "decay": decay, "lora_plus": lora_plus, "name": name, "Config": Config,
-        }  # fmt: skip
-        for fact, value in facts.items():
-            setattr(cls, fact, value)
-        _REGISTRY[name] = cls
-        return cls
-
-    return decorate
-
-
-def variants() -> dict[str, type[Adapter]]:
-    """The registered methods, by name."""
-    import lora_lite.variants  # noqa: F401  (importing the folder registers what is in it)
-
-    return dict(sorted(_REGISTRY.items()))
-
-
-def variant_of(cfg: AdapterConfig) -> type[Adapter]:
-    """The method whose config `cfg` is. Raises `ValueError` for a config that no method registered."""
-    known = variants()
-    for cls in known.values():
-        if cls.Config is type(cfg):
-            return cls
-    names = ", ".join(cls.Config.__name__ for cls in known.values())
-    raise ValueError(f"{type(cfg).__name__} is no registered config; the registered ones are {names}")
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:

@@ -52,35 +52,35 @@ def facts(cls: type[Adapter]) -> dict[str, Any]:
     """What the registry knows of a method, as plain data."""
     cfg = cls.Config()
     return {
-        "title": cls.title,
-        "arxiv": cls.arxiv,
+        "title": cls.facts.title,
+        "arxiv": cls.facts.arxiv,
         "acts": f"{cls.acts()} W",
-        "affine": cls.affine,
-        "trained": cls.trained,
+        "affine": cls.facts.affine,
+        "trained": cls.facts.trained,
         "needs": sorted(cls.needs(cfg)),
         "identity_bound": cls.identity_bound(cfg),
-        "lr": cls.lr,
-        "lr_range": list(cls.lr_range),
+        "lr": cls.facts.lr,
+        "lr_range": list(cls.facts.lr_range),
         "config": {key: value for key, value in cfg.to_dict().items() if key not in cfg.unused},
     }
 
 
 def list_json() -> str:
     """The registry as JSON."""
-    return json.dumps({name: facts(cls) for name, cls in ll.variants().items()}, indent=1)
+    return json.dumps({name: facts(cls) for name, cls in ll.methods().items()}, indent=1)
 
 
 def list_table() -> str:
     """The registry as a table for people."""
     row = "{:<16} {:<11} {:<9} {:<7} {:<5} {:<10} {:<24} {}"
     lines = [row.format("method", "arXiv", "acts", "merges", "data", "at attach", "learning rate (range)", "title")]
-    for name, cls in ll.variants().items():
+    for name, cls in ll.methods().items():
         known = facts(cls)
         low, high = known["lr_range"]
         start = "exact" if known["identity_bound"] == 0 else f"<= {known['identity_bound']:.0e}"
         merges, data = ("yes" if known["affine"] else "no"), ("yes" if known["needs"] else "no")
         rates = f"{known['lr']:g} ({low:g} to {high:g})" if known["trained"] else "not trained"
-        lines.append(row.format(name, known["arxiv"], known["acts"], merges, data, start, rates, cls.title))
+        lines.append(row.format(name, known["arxiv"], known["acts"], merges, data, start, rates, cls.facts.title))
     return "\n".join([*lines, "", "Settings of a method: lora-lite train METHOD --help"])
 
 

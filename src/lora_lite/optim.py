@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from lora_lite.config import is_number
-from lora_lite.state import adapters_of, root_of, trained_also
+from lora_lite.runtime.state import adapters_of, root_of, trained_also
 
 
 def param_groups(
@@ -40,7 +40,7 @@ def param_groups(
         root_of(model, name)
         for adapter in adapters_of(root, name).values():
             for key, parameter in adapter.named_parameters():
-                groups.setdefault((key in adapter.decay, key in adapter.lora_plus), []).append(parameter)
+                groups.setdefault((key in adapter.facts.decay, key in adapter.facts.lora_plus), []).append(parameter)
         for parameter in trained_also(root, name).values():
             groups.setdefault((parameter.ndim > 1, False), []).append(parameter)
     return [

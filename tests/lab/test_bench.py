@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +15,9 @@ import torch
 from lab_helpers import small_study as small
 
 import lora_lite as ll
-from lora_lite import adapter
 from lora_lite.lab import bench, tables
 from lora_lite.lab.analysis import analyse
 from lora_lite.lab.ledger import FAILED, Ledger, LedgerError
-
-
-@pytest.fixture
-def registry() -> Iterator[None]:
-    """Methods registered in a test go with it."""
-    kept = dict(adapter._REGISTRY)
-    yield
-    adapter._REGISTRY.clear()
-    adapter._REGISTRY.update(kept)
 
 
 def test_a_study_is_measured_whole_and_its_findings_say_so(model: str, tmp_path: Path) -> None:
@@ -113,7 +102,7 @@ def fail_at(change: Any) -> type[ll.Adapter]:
     class OddConfig(ll.AdapterConfig):
         pass
 
-    @ll.register("odd", OddConfig, title="odd", arxiv="0000.00000", lr=1e-3, lr_range=(1e-4, 1e-2))
+    @ll.register(OddConfig, ll.Facts("odd", title="odd", arxiv="0000.00000", lr=1e-3, lr_range=(1e-4, 1e-2)))
     class Odd(ll.Adapter):
         def __init__(self, cfg: Any, i: int, o: int) -> None:
             super().__init__(cfg)
@@ -136,7 +125,6 @@ def overflows(self: Any, x: Any, y: Any, layer: Any, c: Any) -> Any:
     return y * (self.g * c.to(y.dtype) if self.training else float("nan"))
 
 
-@pytest.mark.usefixtures("registry")
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -159,7 +147,7 @@ def test_a_failed_run_is_recorded_and_the_others_go_on(change: Any, reason: str,
     alone = next(arm for arm in analyse(expected.folder).arms)
     assert (lora.rates, lora.accuracy, lora.curves) == (alone.rates, alone.accuracy, alone.curves)
 
-    adapter._REGISTRY["odd"].change = lambda self, x, y, layer, c: y * self.g * c.to(y.dtype)  # type: ignore
+    ll.methods()["odd"].change = lambda self, x, y, layer, c: y * self.g * c.to(y.dtype)  # type: ignore
     bench.run_study(study, tmp_path)
     assert any(record["status"] == FAILED for record in ledger.records())
     bench.run_study(study, tmp_path, retry_failed=True)

@@ -30,10 +30,10 @@ def test_list_names_every_method_with_its_facts(capsys: pytest.CaptureFixture[st
     table = capsys.readouterr().out
     assert cli.main(["list", "--json"]) == 0
     known = json.loads(capsys.readouterr().out)
-    assert known.keys() == ll.variants().keys()
-    for name, cls in ll.variants().items():
-        assert f"{name} " in table and cls.arxiv in table and cls.title in table
-        assert known[name]["affine"] == cls.affine and known[name]["lr"] == cls.lr
+    assert known.keys() == ll.methods().keys()
+    for name, cls in ll.methods().items():
+        assert f"{name} " in table and cls.facts.arxiv in table and cls.facts.title in table
+        assert known[name]["affine"] == cls.facts.affine and known[name]["lr"] == cls.facts.lr
 
 
 @pytest.mark.parametrize("method", ["lora", "eva", "ia3"])
@@ -43,7 +43,7 @@ def test_train_measures_saves_and_ends_with_json(method: str, folder: Path, caps
     summary = json.loads(printed[-1])
     assert 0 <= summary["accuracy_before"] <= 1 and 0 <= summary["accuracy_after"] <= 1
     assert summary["methods"][0]["variant"] == method and summary["reloaded_answers_compared"] == 2
-    assert summary["training"]["lr"] == ll.variants()[method].lr
+    assert summary["training"]["lr"] == ll.methods()[method].facts.lr
     result = json.loads((folder / "out" / "result.json").read_text())
     assert len(result["losses"]) == 3 and len(result["after"]) == 4
     assert result["verifier_failures"] == {"before": 0, "after": 0}
@@ -162,13 +162,13 @@ def test_left_over_checkpoints_are_not_overwritten(folder: Path, capsys: pytest.
     assert "give --resume to go on, or another --out" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", [name for name, cls in ll.variants().items() if cls.trained])
+@pytest.mark.parametrize("method", [name for name, cls in ll.methods().items() if cls.facts.trained])
 def test_help_explains_every_setting(method: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main(["train", method, "--help"])
     assert stopped.value.code == 0
     text = capsys.readouterr().out
-    cls = ll.variants()[method]
+    cls = ll.methods()[method]
     hidden = {*cls.Config.unused, "dtype", "seed"}
     for field in cls.Config().to_dict().keys() - hidden:
         assert f"--{field.replace('_', '-')}" in text
@@ -184,6 +184,6 @@ def test_a_method_that_is_not_trained_is_none_to_train(capsys: pytest.CaptureFix
 def test_every_setting_has_a_line_of_help() -> None:
     from lora_lite.lab.flags import field_help
 
-    for cls in ll.variants().values():
+    for cls in ll.methods().values():
         missing = [name for name, text in field_help(cls.Config).items() if not text]
         assert not missing, f"{cls.Config.__name__}: no Args line for {missing}"

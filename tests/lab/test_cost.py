@@ -40,9 +40,9 @@ def folder(tmp_path: Path) -> str:
 # ---- shapes
 
 
-@pytest.mark.parametrize("method", ll.variants())
+@pytest.mark.parametrize("method", ll.methods())
 def test_what_shapes_tell_is_what_attaching_and_saving_give(method: str, tmp_path: Path) -> None:
-    cfg = ll.variants()[method].tiny()
+    cfg = ll.methods()[method].tiny()
     model = make_llama()
     row = shape_costs(model, {"arm": [cfg]})["arm"]
     att = ll.attach(model, cfg, SMALL.calibration(model, [cfg]))

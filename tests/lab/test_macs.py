@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import lora_lite as ll
-from lora_lite import adapter
 from lora_lite.lab.macs import TEXT, Macs, added_macs, base_macs
 
 I, O, LAYERS = 3584, 1024, 24
@@ -28,7 +27,7 @@ PARAMETERS: list[tuple[str, dict[str, Any], int]] = [
 
 
 def trained(method: str, **changes: Any) -> int:
-    cls: Any = ll.variants()[method]
+    cls: Any = ll.methods()[method]
     with torch.device("meta"):
         return sum(p.numel() for p in cls(cls.Config(**changes), I, O).parameters())
 
@@ -130,7 +129,7 @@ FORMULAS: dict[str, Callable[[Any, int, int], Macs]] = {
 
 
 def configs(method: str) -> Iterator[Any]:
-    cls = ll.variants()[method]
+    cls = ll.methods()[method]
     tiny: Any = cls.tiny()
     yield tiny
     for changes in ({"r": 4}, {"side": "input"}, {"side": "output"}, {"rotate_basis": "V"}, {"rotate_basis": "none"}):
@@ -138,7 +137,7 @@ def configs(method: str) -> Iterator[Any]:
             yield tiny.replace(**changes)
 
 
-@pytest.mark.parametrize("method", ll.variants())
+@pytest.mark.parametrize("method", ll.methods())
 def test_the_counted_products_are_those_of_the_equations(method: str) -> None:
     assert method in FORMULAS, f"tests/lab/test_macs.py: add the products that {method!r} adds to FORMULAS"
     for cfg in configs(method):
@@ -150,7 +149,7 @@ def test_the_counted_products_are_those_of_the_equations(method: str) -> None:
 
 
 def test_every_formula_is_of_a_method() -> None:
-    assert set(FORMULAS) == set(ll.variants())
+    assert set(FORMULAS) == set(ll.methods())
 
 
 def test_a_large_layer_takes_no_memory_and_little_time() -> None:
@@ -165,22 +164,16 @@ def test_a_method_that_looks_at_values_is_counted_all_the_same() -> None:
     class LookingConfig(ll.AdapterConfig):
         """Looks."""
 
-    registry = dict(adapter._REGISTRY)
-    try:
+    @ll.register(LookingConfig, ll.Facts("looking", title="Looks at values", arxiv="0000.00000"))
+    class Looking(ll.Adapter):
+        def __init__(self, cfg: Any, i: int, o: int) -> None:
+            super().__init__(cfg)
+            self.A = self.parameter(o, i)
 
-        @ll.register("looking", LookingConfig, title="Looks at values", arxiv="0000.00000")
-        class Looking(ll.Adapter):
-            def __init__(self, cfg: Any, i: int, o: int) -> None:
-                super().__init__(cfg)
-                self.A = self.parameter(o, i)
+        def change(self, x: Tensor, y: Tensor, layer: nn.Module, c: Tensor) -> Tensor:
+            return x @ self.A.T if float(self.A.sum()) == 0 else y
 
-            def change(self, x: Tensor, y: Tensor, layer: nn.Module, c: Tensor) -> Tensor:
-                return x @ self.A.T if float(self.A.sum()) == 0 else y
-
-        assert added_macs(LookingConfig(), 5, 7) == Macs(35, 0)
-    finally:
-        adapter._REGISTRY.clear()
-        adapter._REGISTRY.update(registry)
+    assert added_macs(LookingConfig(), 5, 7) == Macs(35, 0)
 
 
 def test_the_base_is_counted_layer_by_layer() -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import io
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,19 @@ from test_train import make_items
 from torch import Tensor, nn
 
 import lora_lite as ll
-from lora_lite import adapter
 from lora_lite.lab.data import collate
 from lora_lite.lab.probe import ProbeReport, probe, probe_method
 from lora_lite.lab.probe_checks import distance, spread
 from lora_lite.lab.run_config import RunConfig
 from lora_lite.lab.train import TrainConfig
 
-TRAINED = [name for name, cls in ll.variants().items() if cls.trained]
+TRAINED = [name for name, cls in ll.methods().items() if cls.facts.trained]
 BATCHES = [collate(make_items()[at : at + 4], 0) for at in (0, 4)]
 DATA = [{"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]} for batch in BATCHES]
 
 
 def run(cfg: Any, fresh: Callable[[], Any] = make_llama, **changes: Any) -> ProbeReport:
-    needs = ll.adapter.variant_of(cfg).needs(cfg)
+    needs = ll.adapter.method_of(cfg).needs(cfg)
     return probe_method(fresh, cfg, BATCHES, DATA if needs else None, lr=1e-2, **changes)
 
 
@@ -45,14 +44,14 @@ def text(report: ProbeReport) -> str:
 
 @pytest.mark.parametrize("method", TRAINED)
 def test_every_method_passes_every_check(method: str) -> None:
-    report = run(ll.variants()[method].tiny())
+    report = run(ll.methods()[method].tiny())
     assert report.ok and failed(report) == set(), text(report)
     assert all(check.ok for check in report.checks), text(report)  # none was left out
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "hra", "antipasto_rot"])
 def test_methods_pass_in_sixteen_bits(method: str) -> None:
-    report = run(ll.variants()[method].tiny(), lambda: make_llama().to(torch.bfloat16))
+    report = run(ll.methods()[method].tiny(), lambda: make_llama().to(torch.bfloat16))
     assert all(check.ok for check in report.checks), text(report)
 
 
@@ -168,19 +167,9 @@ BROKEN: list[tuple[type[Sound], str, set[str]]] = [
 ]
 
 
-@pytest.fixture
-def registry() -> Iterator[None]:
-    """The registry as it was, afterwards."""
-    kept = dict(adapter._REGISTRY)
-    yield
-    adapter._REGISTRY.clear()
-    adapter._REGISTRY.update(kept)
-
-
-@pytest.mark.usefixtures("registry")
 @pytest.mark.parametrize(("cls", "row", "others"), BROKEN, ids=lambda value: getattr(value, "__name__", None))
 def test_a_broken_method_fails_in_the_right_row(cls: type[Sound], row: str, others: set[str]) -> None:
-    ll.register("broken", BrokenConfig, title="Broken on purpose", arxiv="0000.00000", lr=1e-2)(cls)
+    ll.register(BrokenConfig, ll.Facts("broken", title="Broken on purpose", arxiv="0000.00000", lr=1e-2))(cls)
     report = run(BrokenConfig(r=2))
     assert failed(report) - others == ({row} if row else set()), text(report)
     assert report.ok == (row == "")

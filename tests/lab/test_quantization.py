@@ -19,7 +19,7 @@ from lora_lite.lab.models import ModelError, load_model
 from lora_lite.lab.provenance import base_print
 from lora_lite.lab.study import Study
 from lora_lite.lab.train import TrainConfig
-from lora_lite.packing import forbid_packing
+from lora_lite.layers.packing import forbid_packing
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -135,9 +135,9 @@ class Analysis:
         tried = {lr: self.of(Job("tune", arm, lr)) for lr in study.grid(arm)}
         rate = self.rates.get(arm.name)
         records = [self.seeds[arm.name][seed] for seed in sorted(table)]
-        cls = ll.variants()[arm.method.split("+")[0]]
+        cls = ll.methods()[arm.method.split("+")[0]]
         return Finding(
-            arm=arm.name, method=arm.method, title=cls.title, arxiv=cls.arxiv, seeds=tuple(sorted(table)),
+            arm=arm.name, method=arm.method, title=cls.facts.title, arxiv=cls.facts.arxiv, seeds=tuple(sorted(table)),
             wanted_seeds=study.seeds, rates=losses_by_rate(tried), rate=rate, edge=edge(study.grid(arm), rate),
             accuracy=self.accuracy(arm.name),
             by_seed={seed: float(scores.mean()) for seed, scores in sorted(table.items())},

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import lora_lite as ll
-from lora_lite.adapter import variant_of
 from lora_lite.config import AdapterConfig
+from lora_lite.registry import method_of
 
 ALL = "all"
 BASE = "base"
@@ -40,12 +40,12 @@ class Arm:
     @property
     def method(self) -> str:
         """The registry name, or several joined by "+"."""
-        return "+".join(variant_of(cfg).name for cfg in self.configs)
+        return "+".join(method_of(cfg).facts.name for cfg in self.configs)
 
     @property
     def lr(self) -> float:
         """The registered default learning rate of its (first) method."""
-        return variant_of(self.configs[0]).lr
+        return method_of(self.configs[0]).facts.lr
 
     def with_seed(self, seed: int) -> list[AdapterConfig]:
         """Its configs, with the seed of the initial values."""
@@ -77,7 +77,7 @@ def parse_arms(lines: str | Iterable[str], common: Mapping[str, Any] | None = No
 
 def trained() -> list[str]:
     """The names of the methods that are trained."""
-    return [name for name, cls in ll.variants().items() if cls.trained]
+    return [name for name, cls in ll.methods().items() if cls.facts.trained]
 
 
 def require_few(count: int, text: str) -> None:
@@ -101,8 +101,8 @@ def _part(text: str, common: Mapping[str, Any]) -> list[tuple[str, AdapterConfig
     if found is None:
         raise ArmError(f"{text!r} is not a method, or a method with settings such as lora[r=4,8]")
     name, settings = found[1], _settings(found[2] or "", text)
-    cls = ll.variants().get(name)
-    if cls is None or not cls.trained:
+    cls = ll.methods().get(name)
+    if cls is None or not cls.facts.trained:
         why = "is not trained, so there is nothing to compare" if cls else "is no method"
         raise ArmError(f"{name!r} {why}; the methods are {', '.join(trained())}")
     known = {field.name for field in dataclasses.fields(cls.Config)} - {*cls.Config.unused, "seed", "dtype"}

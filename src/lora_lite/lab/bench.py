@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lora_lite as ll
-from lora_lite.atomic import expanded
+from lora_lite.files.atomic import expanded
 from lora_lite.lab.arms import ArmError
 from lora_lite.lab.checkpoints import fingerprint, last_checkpoint, read_progress
 from lora_lite.lab.cost import measured_costs

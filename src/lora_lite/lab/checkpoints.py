@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import lora_lite as ll
-from lora_lite.atomic import sync_folder, write_atomically
+from lora_lite.files.atomic import sync_folder, write_atomically
 from lora_lite.lab.data import Encoded
 from lora_lite.lab.digests import file_digest
 from lora_lite.lab.terminal import note

@@ -11,7 +11,7 @@ from typing import Any
 
 import tyro
 
-from lora_lite.atomic import expanded, write_atomically
+from lora_lite.files.atomic import expanded, write_atomically
 from lora_lite.lab import flags, tables, terminal
 from lora_lite.lab import report as reports
 from lora_lite.lab.analysis import analyse

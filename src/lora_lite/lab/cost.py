@@ -18,18 +18,19 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 import lora_lite as ll
-from lora_lite.adapter import Adapter, variant_of
-from lora_lite.base_check import SKETCH_ROWS
+from lora_lite.adapter import Adapter
 from lora_lite.config import AdapterConfig
 from lora_lite.errors import CheckpointError, LoraLiteError, TargetError
+from lora_lite.files.base_check import SKETCH_ROWS
+from lora_lite.frozen_basis.rebuild import PROBES
 from lora_lite.lab import terminal
 from lora_lite.lab.macs import added_macs, base_macs
 from lora_lite.lab.measure import Workload, measure_arm
 from lora_lite.lab.models import model_config
 from lora_lite.lab.numerals import size
-from lora_lite.linear import bias, shape
-from lora_lite.rebuild import PROBES
-from lora_lite.targets import select
+from lora_lite.layers.linear import bias, shape
+from lora_lite.layers.targets import select
+from lora_lite.registry import method_of
 
 Arms = Mapping[str, Sequence[AdapterConfig]]
 Row = dict[str, Any]
@@ -167,7 +168,7 @@ def _planned(model: nn.Module, configs: Sequence[AdapterConfig]) -> dict[str, Ad
         shapes = {path: shape(layer) for path, layer in select(model, cfg).items()}
         if both := sorted(set(shapes) & set(planned)):
             raise TargetError(f"{both[0]} is selected by two configs of the arm; make them disjoint")
-        cls = variant_of(cfg)
+        cls = method_of(cfg)
         planned |= dict.fromkeys(shapes, cfg) if cls.needs(cfg) else cls.plan(cfg, shapes, {})
     return planned
 
@@ -176,7 +177,7 @@ def _planned(model: nn.Module, configs: Sequence[AdapterConfig]) -> dict[str, Ad
 def _size(cfg: AdapterConfig, i: int, o: int) -> tuple[int, int, int]:
     """Trained values of an adapter, and the bytes of its tensors in a file with and without its basis."""
     with torch.device("meta"):
-        adapter: Adapter = variant_of(cfg)(cfg, i, o)  # type: ignore[call-arg]
+        adapter: Adapter = method_of(cfg)(cfg, i, o)  # type: ignore[call-arg]
     state = adapter.state_dict()
     saved = sum(state[key].nbytes - 4 * (1 + PROBES) * state[key].shape[1] for key in adapter.rebuildable)
     stored = sum(tensor.nbytes for tensor in state.values())
@@ -186,7 +187,7 @@ def _size(cfg: AdapterConfig, i: int, o: int) -> tuple[int, int, int]:
 def _rebuildable(cfg: AdapterConfig) -> bool:
     """Whether `save(..., basis=False)` takes the config's basis: asked of it, on a small layer."""
     basis = getattr(cfg, "basis", None)
-    return basis is not None and bool(variant_of(cfg).rebuildable) and _told_by_weights(basis)
+    return basis is not None and bool(method_of(cfg).rebuildable) and _told_by_weights(basis)
 
 
 @functools.cache

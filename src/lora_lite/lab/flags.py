@@ -35,21 +35,21 @@ def parse(arguments: Sequence[str]) -> tuple[RunConfig, AdapterConfig, TrainConf
     preset, rest = first.parse_known_args(list(arguments))
     chosen = PRESETS[preset.preset]
     for word in rest:
-        if word in ll.variants() and not ll.variants()[word].trained:
+        if word in ll.methods() and not ll.methods()[word].facts.trained:
             first.error(f"{word} is not trained: attach it with calibration_data=ll.Contrast(positive, negative)")
-    trained = {name: cls for name, cls in ll.variants().items() if cls.trained}
+    trained = {name: cls for name, cls in ll.methods().items() if cls.facts.trained}
     methods = {name: method_flags(cls, chosen.methods.get(name, {})) for name, cls in trained.items()}
     named = next((word for word in rest if word in methods), chosen.method)
     union = tyro.extras.subcommand_type_from_defaults(
         {name: flags() for name, flags in methods.items()},
-        descriptions={name: f"{cls.title} (arXiv:{cls.arxiv})" for name, cls in trained.items()},
+        descriptions={name: f"{cls.facts.title} (arXiv:{cls.facts.arxiv})" for name, cls in trained.items()},
         prefix_names=False,
     )
     Train = dataclasses.make_dataclass(
         "Train",
         [
             ("run", RunConfig, dataclasses.field(default=chosen.run)),
-            ("training", TrainConfig, dataclasses.field(default=chosen.training_of(ll.variants()[named]))),
+            ("training", TrainConfig, dataclasses.field(default=chosen.training_of(ll.methods()[named]))),
             ("method", union, dataclasses.field(default=methods[chosen.method]())),
         ],
     )
@@ -64,7 +64,7 @@ def parse(arguments: Sequence[str]) -> tuple[RunConfig, AdapterConfig, TrainConf
 
 def to_config(methods: Mapping[str, type], values: Any, seed: int) -> AdapterConfig:
     """The adapter config that the parsed flags of a method stand for."""
-    cls = next(ll.variants()[name] for name, flags in methods.items() if type(values) is flags)
+    cls = next(ll.methods()[name] for name, flags in methods.items() if type(values) is flags)
     defaults = {field.name: field.default for field in dataclasses.fields(cls.Config)}
     given = {key: value for key, value in dataclasses.asdict(values).items() if value != defaults[key]}
     return cls.Config(seed=seed, **given)
@@ -85,7 +85,7 @@ def method_flags(cls: type[Adapter], defaults: Mapping[str, Any]) -> type:
             for f in kept
         ],
         frozen=True,
-        namespace={"__doc__": f"{cls.title}."},
+        namespace={"__doc__": f"{cls.facts.title}."},
     )
 
 

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_lite.atomic import expanded, write_atomically
 from lora_lite.errors import LoraLiteError
+from lora_lite.files.atomic import expanded, write_atomically
 from lora_lite.lab.locks import hold
 
 FORMAT = 1

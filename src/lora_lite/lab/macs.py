@@ -13,8 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from lora_lite.adapter import Adapter, Held, variant_of
+from lora_lite.adapter import Adapter, Held
 from lora_lite.config import AdapterConfig
+from lora_lite.registry import method_of
 
 TEXT = 128  # tokens of the "short text" that a model's products are counted on
 
@@ -56,7 +57,7 @@ def _added(cfg: AdapterConfig, i: int, o: int, bias: bool) -> Macs:
     with torch.no_grad():
         for p in layer.parameters():
             p.zero_()
-        adapter: Any = variant_of(cfg)(cfg, i, o)  # type: ignore[call-arg]
+        adapter: Any = method_of(cfg)(cfg, i, o)  # type: ignore[call-arg]
         if getattr(adapter.cfg, "side", None) == "auto":
             adapter.cfg = adapter.cfg.replace(side="input" if o > i else "output")
         adapter.derive(layer)

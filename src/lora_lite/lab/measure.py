@@ -25,13 +25,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 import lora_lite as ll
-from lora_lite.adapter import variant_of
-from lora_lite.cost import peak_memory_mb
 from lora_lite.errors import LoraLiteError
 from lora_lite.lab.devices import pick_device
 from lora_lite.lab.evaluate import eval_mode
 from lora_lite.lab.models import load_model
 from lora_lite.lab.provenance import provenance
+from lora_lite.registry import method_of
+from lora_lite.runtime.attach_cost import peak_memory_mb
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # what Linux is told to start the peak of resident memory anew
@@ -69,7 +69,7 @@ class Workload:
 
     def calibration(self, model: PreTrainedModel, configs: Sequence[ll.AdapterConfig]) -> Any:
         """Batches for methods that need them; two sets for a contrast."""
-        needs = {need for cfg in configs for need in variant_of(cfg).needs(cfg)}
+        needs = {need for cfg in configs for need in method_of(cfg).needs(cfg)}
         batches = [{"input_ids": self.ids(model, 1 + seed)} for seed in range(2 * self.calibration_batches)]
         if any(need.startswith("contrast") for need in needs):
             return ll.Contrast(batches[::2], batches[1::2])

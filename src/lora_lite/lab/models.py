@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from lora_lite.lab.embedded import EMBEDDED, ModelError, embedded_folder
-from lora_lite.packing import forbid_packing
+from lora_lite.layers.packing import forbid_packing
 
 QUANTIZATIONS = ("none", "4bit", "8bit")
 

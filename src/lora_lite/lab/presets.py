@@ -31,7 +31,7 @@ class Preset:
 
     def training_of(self, cls: type[Adapter]) -> TrainConfig:
         """The training settings for a method."""
-        rate = self.rates.get(cls.name, cls.lr_range[1]) if self.rates else cls.lr
+        rate = self.rates.get(cls.facts.name, cls.facts.lr_range[1]) if self.rates else cls.facts.lr
         return dataclasses.replace(self.training, lr=rate)
 
 

@@ -13,13 +13,13 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 import lora_lite as ll
-from lora_lite.adapter import variant_of
-from lora_lite.attach import select_all
-from lora_lite.check import EXPERT
-from lora_lite.dense import affine
+from lora_lite.checking.check import EXPERT
 from lora_lite.lab.evaluate import eval_mode
 from lora_lite.lab.provenance import tensor_print
-from lora_lite.linear import is_linear, is_quantized
+from lora_lite.layers.linear import is_linear, is_quantized
+from lora_lite.merging.plain_weights import affine
+from lora_lite.registry import method_of
+from lora_lite.runtime.attach import select_all
 
 Batch = Mapping[str, Tensor]
 Configs = Sequence[ll.AdapterConfig]
@@ -50,11 +50,11 @@ class Probe:
         self.batches = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
         self.base = self.logits(self.model)  # before the fingerprints: some layers settle their dtype when first run
         self.prints = fingerprints(self.model)
-        self.lr = lr if lr is not None else variant_of(configs[0]).lr
-        self.trained = all(variant_of(cfg).trained for cfg in configs)
+        self.lr = lr if lr is not None else method_of(configs[0]).facts.lr
+        self.trained = all(method_of(cfg).facts.trained for cfg in configs)
         self.runs = False
         self.touched: list[str] = []
-        self.identity_bound = max(variant_of(cfg).identity_bound(cfg, self.model.dtype) for cfg in configs)
+        self.identity_bound = max(method_of(cfg).identity_bound(cfg, self.model.dtype) for cfg in configs)
         quantized = any(is_quantized(layer) for layer in self.model.modules() if is_linear(layer))
         self.merge_bound = MERGE_QUANTIZED if quantized else MERGE_BOUNDS.get(self.model.dtype, MERGE_16_BITS)
 
@@ -195,7 +195,7 @@ class Probe:
         return f"{error:.1e}; a file of {size / 1e6:,.3g} MB", error == 0
 
     def merge(self) -> Found:
-        if not all(variant_of(cfg).affine for cfg in self.configs):
+        if not all(method_of(cfg).facts.affine for cfg in self.configs):
             return "not affine: does not merge", None
         kinds = {pattern(path): path for path in reversed(self.att.targets)}
         errors = {path: merge_error(self.model, path) for path in kinds.values()}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_lite
-from lora_lite.packing import is_packed, unpacked
+from lora_lite.layers.packing import is_packed, unpacked
 
 PACKAGES = ("lora-lite", "torch", "transformers", "datasets", "reasoning-gym", "bitsandbytes")
 MARK = "+changes"

@@ -10,9 +10,7 @@ from typing import Any
 import torch
 
 import lora_lite as ll
-from lora_lite.adapter import variant_of
-from lora_lite.atomic import write_atomically
-from lora_lite.cost import peak_memory_mb
+from lora_lite.files.atomic import write_atomically
 from lora_lite.lab.data import TokenReport
 from lora_lite.lab.evaluate import Evaluation, Record
 from lora_lite.lab.place import RunError
@@ -20,6 +18,8 @@ from lora_lite.lab.provenance import provenance
 from lora_lite.lab.run_config import RunConfig
 from lora_lite.lab.tasks import Example, Task, fingerprint
 from lora_lite.lab.train import Progress, TrainConfig
+from lora_lite.registry import method_of
+from lora_lite.runtime.attach_cost import peak_memory_mb
 
 Methods = ll.AdapterConfig | Sequence[ll.AdapterConfig]
 HOW = ("out", "resume", "overwrite", "device", "report_to", "probe")  # fields of a run that do not change what it finds
@@ -93,7 +93,7 @@ def asked_for(run: RunConfig, method: Methods, training: TrainConfig) -> dict[st
     """All settings of a run as plain data: "methods", "training" and "run"."""
     methods = [method] if isinstance(method, ll.AdapterConfig) else list(method)
     return {
-        "methods": [{"variant": variant_of(cfg).name, **cfg.to_dict()} for cfg in methods],
+        "methods": [{"variant": method_of(cfg).facts.name, **cfg.to_dict()} for cfg in methods],
         "training": dataclasses.asdict(training),
         "run": {**dataclasses.asdict(run), "out": str(run.out)},
     }

@@ -16,7 +16,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import lora_lite as ll
-from lora_lite.adapter import variant_of
 from lora_lite.lab.catalogue import load_task
 from lora_lite.lab.data import Encoded, collate, encode
 from lora_lite.lab.devices import pick_device, pick_dtype
@@ -29,6 +28,7 @@ from lora_lite.lab.tasks import Example, Task, require_sound_key
 from lora_lite.lab.terminal import note
 from lora_lite.lab.trackers import Trackers, require_trackers
 from lora_lite.lab.train import TrainConfig, train
+from lora_lite.registry import method_of
 
 
 class Clock:
@@ -120,7 +120,7 @@ def _finetune(
 
 def needs_data(methods: Sequence[ll.AdapterConfig]) -> bool:
     """Whether one of the methods is calibrated on data."""
-    return any(variant_of(cfg).needs(cfg) for cfg in methods)
+    return any(method_of(cfg).needs(cfg) for cfg in methods)
 
 
 def calibration(

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_lite.atomic import expanded
+from lora_lite.files.atomic import expanded
 from lora_lite.lab.data import MAX_LENGTH
 from lora_lite.lab.devices import DTYPES
 from lora_lite.lab.models import EMBEDDED

@@ -13,13 +13,13 @@ import tyro
 import yaml
 
 import lora_lite as ll
-from lora_lite.adapter import variant_of
 from lora_lite.config import DEFAULT_ROLES
 from lora_lite.lab.arms import ALL, Arm, parse_arms
 from lora_lite.lab.data import MAX_LENGTH
 from lora_lite.lab.models import EMBEDDED, QUANTIZATIONS
 from lora_lite.lab.shared_flags import TrustRemoteCode
 from lora_lite.lab.train import TrainConfig
+from lora_lite.registry import method_of
 
 TUNING_SEED = 0
 MOST_RUNS = 99  # of an arm: seeds, or learning rates
@@ -157,7 +157,7 @@ class Study:
         """An arm's methods with all their settings, the seed of their initial values among them."""
         if arm.name in self.arms_as_run:
             return [{**values, "seed": seed} for values in self.arms_as_run[arm.name]["methods"]]
-        found = [{"variant": variant_of(cfg).name, **cfg.to_dict()} for cfg in arm.with_seed(seed)]
+        found = [{"variant": method_of(cfg).facts.name, **cfg.to_dict()} for cfg in arm.with_seed(seed)]
         return json.loads(json.dumps(found))  # as a file gives it: lists, no tuples
 
     def as_run(self) -> "Study":

@@ -7,7 +7,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from lora_lite.atomic import expanded, write_atomically
+from lora_lite.files.atomic import expanded, write_atomically
 from lora_lite.lab.findings import Findings, shown
 from lora_lite.lab.numerals import short
 from lora_lite.lab.page import cells, sentences

@@ -1,0 +1,100 @@
+"""What a file remembers of the base, and whether a model at hand is that base.
+
+Of each adapted layer it is W z for a random z, of every other parameter some of its values: a new random head, which
+no adapter acts on and no file holds, is then told from another one.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lite.calibration.statistics import generator
+from lora_lite.errors import BaseMismatchError
+from lora_lite.layers.linear import dense, is_sharded, shape
+from lora_lite.numerics import full_precision
+from lora_lite.runtime.attachment import is_adapters_key
+from lora_lite.runtime.state import find_root
+
+Samples = dict[str, tuple[Tensor, tuple[int, ...]]]
+SKETCH_ROWS = 64
+SAMPLES = 32
+# On SmolLM2, worst of 210 layers: bf16 1.000, int8 1.000, nf4 0.990, fp4 0.981, changed by 10% 0.990, by 30% 0.916;
+# weights of other models at most 0.45 (docs/LOG.md).
+SKETCH_COSINE = 0.8
+# ||s - s'|| / max(||s||, ||s'||) of a parameter's samples: sqrt(2) for independent ones, 1 where one of them is zero.
+SAMPLE_DISTANCE = 0.8
+
+
+def sketch(layer: nn.Module, path: str) -> Tensor:
+    """W z on up to 64 evenly spaced rows, for one z seeded by the path: what tells base models apart."""
+    i, o = shape(layer)
+    rows = torch.linspace(0, o - 1, min(o, SKETCH_ROWS)).round().long()
+    z = torch.randn(i, generator=generator(0, path), dtype=torch.float32, device="cpu")
+    with full_precision(torch.device("cpu")):
+        return dense(layer)[rows.to(layer.weight.device)].to("cpu", torch.float32) @ z  # type: ignore[union-attr, arg-type]
+
+
+@torch.no_grad()
+def samples(root: nn.Module, targets: Iterable[str], also: Iterable[str]) -> Samples:
+    """Up to 32 evenly spaced values (fp32) of each parameter of the base, and its shape, by name.
+
+    Left out: the weights of `targets`, which have sketches; those named in `also`, whose values the file holds;
+    quantised, sharded and offloaded ones. Those that another adapter trains (`train_also`) are as they were before.
+    """
+    found = find_root(root)
+    originals = {key: t for each in (found[1].adapters.values() if found else ()) for key, t in each.originals.items()}
+    sketched = {f"{path}.weight" for path in targets} | set(also)
+    values: Samples = {}
+    for key, parameter in root.named_parameters():
+        plain = type(parameter.data) is Tensor and parameter.is_floating_point() and parameter.dtype.itemsize > 1
+        if key in sketched or not plain or parameter.is_meta or is_sharded(parameter) or is_adapters_key(key, root):
+            continue
+        flat = originals.get(key, parameter.detach()).reshape(-1)
+        if flat.numel():
+            at = torch.linspace(0, flat.numel() - 1, min(flat.numel(), SAMPLES), dtype=torch.float64).round().long()
+            values[key] = flat[at.to(flat.device)].to("cpu", torch.float32), tuple(parameter.shape)
+    return values
+
+
+def refuse_another_base(
+    where: Any, root: nn.Module, layers: Mapping[str, nn.Module], also: Iterable[str], known: Any
+) -> None:
+    """Raise `BaseMismatchError` if the model is not the base that a file was made on.
+
+    Args:
+        where: the file, for the message.
+        root: the model.
+        layers: the targets, by path.
+        also: names of the parameters that the file holds.
+        known: what the file remembers, (sketches by path, samples by name). Parameters that only one of the two models
+            has, or has in another shape, are not compared: a backbone may serve under several heads.
+    """
+    sketches, sampled = known
+    cosines = {}
+    for path, layer in layers.items():
+        here, there = sketch(layer, path), sketches[path]
+        same = torch.equal(here, there)  # also covers weights that are zero
+        cosine = torch.cosine_similarity(here, there, dim=0).nan_to_num(nan=-1.0)  # NaN is below nothing
+        cosines[path] = 1.0 if same else float(cosine)
+    worst = min(cosines, key=lambda path: cosines[path])
+    if not cosines[worst] >= SKETCH_COSINE:
+        raise BaseMismatchError(
+            f"{where}: was trained on another base model; worst layer {worst}, cosine {cosines[worst]:.2f} < "
+            f"{SKETCH_COSINE} (load(..., base='any') skips this check)"
+        )
+    here = samples(root, layers, also)
+    for key in [key for key in here if key in sampled]:
+        (mine, shape_here), (theirs, shape_there) = here[key], sampled[key]
+        if shape_here == shape_there and not _distance(mine, theirs) <= SAMPLE_DISTANCE:
+            raise BaseMismatchError(
+                f"{where}: {key}, which the file does not hold, has other values here than where it was trained (a "
+                "new, random head?); load the model that it was trained on, train it with attach(train_also=...), or "
+                "skip this check with load(..., base='any')"
+            )
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    size = max(float(one.norm()), float(other.norm()))
+    return float((one - other).norm()) / size if size else 0.0

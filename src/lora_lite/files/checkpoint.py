@@ -1,0 +1,288 @@
+"""Save adapters, and load them: what a file holds against the model at hand."""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from lora_lite.adapter import Adapter, derive, full_precision
+from lora_lite.errors import BaseMismatchError, CheckpointError, NotAFileError, StateError, TargetError
+from lora_lite.files.atomic import expanded, file_status, write_atomically
+from lora_lite.files.base_check import refuse_another_base, samples, sketch
+from lora_lite.files.format import FORMAT, METADATA_KEY, File, Room, checksum, empty_adapter, read
+from lora_lite.frozen_basis import rebuild
+from lora_lite.layers.linear import dense, execution_device, is_linear, shape
+from lora_lite.registry import method_of
+from lora_lite.runtime.attach import commit
+from lora_lite.runtime.attachment import Attachment, attachment, is_adapters_key
+from lora_lite.runtime.buffers import moved_buffers, moving_buffers, same_bits
+from lora_lite.runtime.readiness import check_layer, refuse_unready, taken_parameters
+from lora_lite.runtime.state import State, adapters_of, find_root, refuse_merged, root_of, trained_also
+from lora_lite.runtime.train_also import find_train_also
+from lora_lite.runtime.transaction import Transaction
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default", basis: bool = True) -> Path:
+    """Write an adapter to one file: tensors (trained and frozen), `train_also` weights, running averages that training
+    moved (of batch norms), configs, a sketch of the base.
+
+    The file appears whole or not at all; an existing one is replaced and keeps its mode. Missing folders are made.
+
+    Args:
+        model: the model.
+        path: the file, by custom `....safetensors`; "~" is the home folder, and a link's target is what is replaced.
+        name: the adapter.
+        basis: False leaves out frozen bases that are singular directions of the base's weights (svd, wanda; most of
+            the file). `load` then rebuilds and verifies them, and refuses where it finds others: in another base,
+            another dtype or quantisation, or where singular values are too close to tell their directions apart.
+    Returns:
+        The path.
+    Raises:
+        StateError: no such adapter, a target that was replaced since attach, or merged; or a parameter that requires a
+            gradient and belongs to no adapter, so that what it learns would be lost.
+        CheckpointError: a tensor that is not finite, more than `load` would read, a path that is a folder, a device or
+            a pipe, or `basis=False` for a basis that the weights do not tell.
+    """
+    root, state = root_of(model, name)
+    refuse_merged(state, "save")
+    where = expanded(path)
+    if where.is_dir():
+        raise CheckpointError(f"{where} is a folder; give a file, e.g. {where / 'adapter.safetensors'}")
+    try:
+        file_status(where)
+    except NotAFileError as error:
+        raise CheckpointError(f"save: {error}") from error
+    _refuse_lost(root, state)
+    header, tensors = _contents(root, state, name, basis)
+    if bad := [key for key, value in tensors.items() if not torch.isfinite(value).all()]:
+        raise CheckpointError(f"save: {bad[0]} is not finite (of {len(bad)} such tensors); nothing was written")
+    header["checksum"] = checksum(header, tensors)
+    # One metadata key: safetensors does not keep the order of several, and equal adapters should give equal files.
+    data = to_bytes(tensors, {METADATA_KEY: json.dumps(header)})
+    _room(root).check(where, data, header, tensors)
+    write_atomically(where, data)
+    return where
+
+
+def _refuse_lost(root: nn.Module, state: State) -> None:
+    """Refuse to save while the base trains something that no adapter's file would hold."""
+    held = {id(p) for each in state.adapters for p in trained_also(root, each).values()}
+    wanting = {key: p for key, p in root.named_parameters() if p.requires_grad and id(p) not in held}
+    if lost := [key for key in wanting if not is_adapters_key(key, root)]:
+        raise StateError(
+            f"save: {lost[0]} requires a gradient, but belongs to no adapter, so that no file would hold what it "
+            f"learns (of {len(lost)} such parameters). Name it in attach(train_also=...), or freeze it "
+            "(requires_grad_(False)) if it does not train, or you keep it yourself"
+        )
+
+
+def _contents(root: nn.Module, state: State, name: str, basis: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The metadata (without checksum) and the tensors, on the CPU, of an adapter's file."""
+    attached, adapters, also = state.adapters[name], adapters_of(root, name), trained_also(root, name)
+    tensors: dict[str, Tensor] = {}
+    targets: dict[str, Any] = {}
+    for target, adapter in adapters.items():
+        layer = root.get_submodule(target)
+        shared = attached.configs[attached.targets[target]].to_dict()
+        changes = {key: value for key, value in adapter.cfg.to_dict().items() if value != shared[key]}
+        targets[target] = {"config": attached.targets[target], "changes": changes, "shape": list(shape(layer))}
+        tensors |= {f"{target}.lora.{key}": value for key, value in _stored(adapter, layer, target, basis).items()}
+        tensors[f"{target}.sketch"] = sketch(layer, target)
+    base, moved = samples(root, adapters, also), moved_buffers(root, state)
+    tensors |= {f"also.{key}": parameter for key, parameter in also.items()}
+    # Counters too as floats: exact up to 2^53, and no other kind of tensor in a file.
+    tensors |= {f"buffer.{key}": b if b.is_floating_point() else b.double() for key, b in moved.items()}
+    if base:
+        tensors["base"] = torch.cat([values for values, _ in base.values()])
+    tensors = {key: value.detach().to("cpu").contiguous().clone() for key, value in tensors.items()}
+    header = {
+        "format": FORMAT,
+        "version": version("lora-lite"),
+        "name": name,
+        "configs": [{"method": method_of(cfg).facts.name, "config": cfg.to_dict()} for cfg in attached.configs],
+        "targets": targets,
+        "train_also": list(attached.originals),
+        "buffers": list(moved),
+        "base": {key: list(dims) for key, (_, dims) in base.items()},
+        "basis": basis,
+    }
+    return header, tensors
+
+
+def _stored(adapter: Adapter, layer: nn.Module, path: str, basis: bool) -> dict[str, Tensor]:
+    """What a file holds of an adapter: its state, or for a file without basis what `rebuild` needs instead of it.
+
+    In the config's own dtypes, whatever a trainer has cast its parameters to (TRL to bf16, on a quantised base).
+    """
+    with torch.device("meta"):
+        own = type(adapter)(adapter.cfg, *shape(layer)).state_dict()  # type: ignore[call-arg]
+    tensors = {key: value.to(own[key].dtype) for key, value in adapter.state_dict().items()}
+    for key in () if basis else adapter.rebuildable:
+        U = tensors.pop(key)
+        try:
+            with full_precision(layer.weight.device):  # type: ignore[union-attr, arg-type]
+                tensors[f"{key}.index"] = rebuild.indices(dense(layer), U)
+        except ValueError as error:
+            raise CheckpointError(f"save(..., basis=False): {path}: {error}") from error
+        tensors[f"{key}.sketch"] = rebuild.sketch(U)
+    return tensors
+
+
+def load(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    name: str = "default",
+    overwrite: bool = False,
+    base: str = "same",
+) -> Attachment:
+    """Attach the adapter in a file that `save` wrote. No calibration, no factorisation, no random numbers.
+
+    Args:
+        model: the base model it was trained on, in any dtype or quantisation.
+        path: the file.
+        name: the name to attach it under.
+        overwrite: if an adapter of that name with the same configs and targets is attached, set its tensors in place,
+            so that optimisers and compiled code stay valid.
+        base: "same" refuses a model whose weights differ from those it was trained on; "any" skips that check.
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: a file that is damaged, or does not fit the model. BaseMismatchError: another base model.
+        StateError: the name is taken (and not `overwrite`), or the model is not ready for `attach` either.
+        After any error the model is as it was.
+    """
+    if base not in ("same", "any"):
+        raise ValueError(f"load: base = {base!r} must be 'same' or 'any'")
+    live = find_root(model)
+    taken = live is not None and name in live[1].adapters
+    if live is not None and taken and overwrite:
+        refuse_merged(live[1], "load")
+    else:
+        refuse_unready(model, name)
+    root = live[0] if live is not None else model
+    with Transaction(root) as undo:
+        return _load(root, read(expanded(path), _room(root)), name, taken, base, undo)
+
+
+def _load(root: nn.Module, file: File, name: str, taken: bool, base: str, undo: Transaction) -> Attachment:
+    if not file.targets:
+        raise file.error("has no targets")
+    modules, owned = dict(root.named_modules()), taken_parameters(root)
+    layers = {target: _layer(modules.get(target), file, target, owned) for target in file.targets}
+    built = {target: _build(file, target, layers[target]) for target in file.targets}
+    if base == "same":
+        refuse_another_base(file.where, root, layers, file.also, file.base)
+    buffers = _find_buffers(root, file)
+    if taken:
+        return _overwrite(root, file, name, built, undo)
+    also = _find_also(root, file, layers)
+    _check_also(file, also)
+    for target, adapter in built.items():
+        derive(adapter, layers[target])
+    indices = {target: index for target, (index, _, _) in file.targets.items()}
+    pairs = {target: (layers[target], built[target]) for target in built}
+    att = commit(root, file.configs, name, pairs, indices, also)
+    for key, parameter in also.items():
+        undo.write(parameter, file.tensors[f"also.{key}"])
+    for key, buffer in buffers.items():
+        undo.write(buffer, file.tensors[f"buffer.{key}"])
+    return att
+
+
+def _room(root: nn.Module) -> Room:
+    layers = [shape(module) for module in root.modules() if is_linear(module)]
+    own = [p.numel() for key, p in root.named_parameters() if not is_adapters_key(key, root)]
+    return Room(layers, own, len(moving_buffers(root)))
+
+
+def _find_buffers(root: nn.Module, file: File) -> dict[str, Tensor]:
+    """The base's running averages that the file holds moved values of."""
+    there, found = moving_buffers(root), find_root(root)
+    moved = moved_buffers(root, found[1]) if found is not None else {}
+    for key in file.buffers:
+        value = file.tensors[f"buffer.{key}"]
+        if key not in there or there[key].shape != value.shape:
+            raise file.error(
+                f"holds {key} {tuple(value.shape)}, which this model has not; it fits another architecture"
+            )
+        if key in moved and not same_bits(moved[key], value.to(moved[key].dtype)):
+            raise StateError(
+                f"{file.where}: holds {key}, which another adapter's training moved to other values; detach that one"
+            )
+    return {key: there[key] for key in file.buffers}
+
+
+def _find_also(root: nn.Module, file: File, layers: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """The base parameters that the file holds trained values of."""
+    patterns = [rf"\A{re.escape(key)}\Z" for key in file.also]
+    try:
+        also = find_train_also(root, {target: (layer, 0) for target, layer in layers.items()}, patterns)
+    except TargetError as error:
+        raise file.error(f"does not fit the model: {error}") from error
+    if tied := [key for key in file.also if key not in also]:
+        raise file.error(f"has values of {tied[0]} and of a parameter that is the same one in this model")
+    return also
+
+
+def _check_also(file: File, also: Mapping[str, nn.Parameter]) -> None:
+    for key, parameter in also.items():
+        value = file.tensors[f"also.{key}"]
+        if not torch.isfinite(value.to(parameter.dtype)).all():
+            raise file.error(
+                f"{key} has values up to {float(value.abs().max()):.3g}, beyond what the model's {parameter.dtype} "
+                "holds; load the model in a wider dtype"
+            )
+        if parameter.shape != (found := file.tensors[f"also.{key}"].shape):
+            raise file.error(f"{key} has shape {tuple(parameter.shape)} in the model, but {tuple(found)} in the file")
+
+
+def _overwrite(root: nn.Module, file: File, name: str, built: dict[str, Adapter], undo: Transaction) -> Attachment:
+    _, state = root_of(root, name)
+    attached, adapters = state.adapters[name], adapters_of(root, name)
+    indices = {target: index for target, (index, _, _) in file.targets.items()}
+    same = attached.configs == file.configs and attached.targets == indices and list(attached.originals) == file.also
+    if not same or any(adapters[target].cfg != built[target].cfg for target in built):
+        raise StateError(
+            f"{file.where}: has other configs, targets or train_also than the attached {name!r}; detach that one first"
+        )
+    _check_also(file, {key: root.get_parameter(key) for key in file.also})
+    for target, adapter in adapters.items():
+        for key, value in built[target].state_dict().items():
+            undo.write(adapter.state_dict()[key], value)
+        derive(adapter, root.get_submodule(target))
+    for key in file.also:
+        undo.write(root.get_parameter(key), file.tensors[f"also.{key}"])
+    for key in file.buffers:
+        undo.write(root.get_buffer(key), file.tensors[f"buffer.{key}"])
+    return attachment(root, name)
+
+
+def _layer(layer: nn.Module | None, file: File, path: str, taken: Mapping[int, tuple[str, str]]) -> nn.Module:
+    if layer is None or not is_linear(layer):
+        raise file.error(f"the model has no linear layer {path}; the file fits another architecture")
+    if shape(layer) != file.targets[path][2]:
+        raise file.error(
+            f"{path} maps {shape(layer)} here, but {file.targets[path][2]} in the file: another architecture"
+        )
+    check_layer(path, layer, taken)
+    return layer
+
+
+def _build(file: File, path: str, layer: nn.Module) -> Adapter:
+    adapter = empty_adapter(file, path, file.targets[path][1], *shape(layer))
+    own = {key: file.tensors.get(f"{path}.lora.{key}") for key in adapter.state_dict()}
+    for key in () if file.basis else adapter.rebuildable:
+        index, expected = (file.tensors[f"{path}.lora.{key}.{part}"] for part in ("index", "sketch"))
+        try:
+            with full_precision(layer.weight.device):  # type: ignore[union-attr, arg-type]
+                own[key] = rebuild.rebuilt(dense(layer), index, expected).to(adapter.get_buffer(key).dtype)
+        except ValueError as error:
+            raise BaseMismatchError(f"{file.where}: {path}: {error}") from error
+    adapter.load_state_dict(own, assign=True)
+    return adapter.to(execution_device(layer))

@@ -1,0 +1,91 @@
+"""What stands in the way of an adapter: of a model, and of a layer. Each reason is an error before anything is done."""
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from lora_lite.adapter import Adapter, adapters_on
+from lora_lite.calibration.statistics import generator
+from lora_lite.errors import StateError, TargetError
+from lora_lite.layers.linear import computes_its_weight, dense, execution_device, is_read_uncalled, is_sharded, shape
+from lora_lite.runtime.state import find_root, refuse_merged, trained_also
+
+ADAPTER_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
+WRAPPERS = ("OptimizedModule", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule")
+
+
+def refuse_unready(model: nn.Module, name: str) -> None:
+    """Raise a `StateError` that says why the model cannot take an adapter of that name, if so."""
+    if not ADAPTER_NAME.fullmatch(name) or hasattr(nn.ModuleDict(), name):
+        raise StateError(
+            f"adapter name {name!r}: must match {ADAPTER_NAME.pattern} and be no attribute of nn.ModuleDict"
+        )
+    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
+        raise StateError("the model is under torch.inference_mode, where nothing can be trained; leave it first")
+    for path, module in model.named_modules():
+        if any(cls.__name__ in WRAPPERS for cls in type(module).__mro__):
+            raise StateError(
+                f"{path or 'the model'} is a {type(module).__name__}: attach first, then wrap or shard (or compile) it"
+            )
+    if sharded := next((key for key, p in model.named_parameters() if is_sharded(p)), None):
+        raise StateError(f"{sharded} is sharded: attach first, then shard (gradients would not be reduced)")
+    found = find_root(model)
+    if found is None:
+        if any(isinstance(module, Adapter) for module in model.modules()):
+            raise StateError("this module lies within one that has adapters: attach to that one")
+        return
+    root, state = found
+    if root is not model:
+        raise StateError(
+            f"adapters hang on the {type(root).__name__} within this model: pass the same module each time"
+        )
+    refuse_merged(state, "attach")
+    if name in state.adapters:
+        raise StateError(f"an adapter named {name!r} is attached already; detach it or choose another name")
+
+
+def taken_parameters(model: nn.Module) -> dict[int, tuple[str, str]]:
+    """The base parameters that adapters train (`train_also`), by identity: (adapter, parameter name)."""
+    found = find_root(model)
+    names = found[1].adapters if found else ()
+    return {id(p): (name, key) for name in names for key, p in trained_also(model, name).items()}
+
+
+def check_layer(path: str, layer: nn.Module, taken: Mapping[int, tuple[str, str]]) -> None:
+    """Refuse a layer that cannot carry an adapter; `taken` as `taken_parameters` gives it."""
+    if layer.weight.is_meta:
+        raise TargetError(
+            f"{path}: its weight is on the meta device (offloaded, or never loaded); keep targets in memory, or leave "
+            "this layer out with layers or exclude_names"
+        )
+    if is_read_uncalled(layer):
+        raise TargetError(
+            f"{path}: nn.MultiheadAttention reads its weight without calling it, so an adapter on it would never act; "
+            "leave it out with exclude_names"
+        )
+    for parameter in layer.parameters(recurse=False):
+        if id(parameter) in taken:
+            name, key = taken[id(parameter)]
+            raise TargetError(f"{path}: adapter {name!r} trains {key} (train_also), so nothing can be built on it")
+    store = layer._modules.get("lora", getattr(layer, "lora", None))
+    if store is not None and not (isinstance(store, nn.ModuleDict) and len(adapters_on(layer)) == len(store)):
+        raise TargetError(f"{path}: has an attribute 'lora' of its own; leave it out with exclude_names")
+
+
+def ask_layer(path: str, layer: nn.Module) -> None:
+    """Refuse a layer whose output is not that of the weight that a method would read; asked with one random row."""
+    weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+    device = execution_device(layer)
+    if hasattr(layer, "_hf_hook") or device != weight.device:
+        return  # its own forward is wrapped, or its weight is elsewhere
+    dtype = weight.dtype if weight.dtype.is_floating_point and weight.dtype.itemsize > 1 else torch.float32
+    x = torch.randn(1, shape(layer)[0], generator=generator(0, path), dtype=torch.float32, device="cpu")
+    if not computes_its_weight(layer, x.to(device, dtype)):
+        if not torch.isfinite(dense(layer, torch.promote_types(dtype, torch.float32))).all():  # 8 bits have no isfinite
+            raise TargetError(f"{path}: its weight holds NaN or infinite values, so no method that reads it can start")
+        raise TargetError(
+            f"{path}: this {type(layer).__name__} computes something else than W x + b for the weight that it holds, "
+            "so a method that reads W is wrong here; leave it out with exclude_names, or use one that does not (lora)"
+        )
