@@ -25,7 +25,7 @@ import scipy
 import torch
 from scipy import stats
 
-from lora_lite.lab import estimates
+from lora_lite.lab.findings import estimates
 from lora_lite.lab.provenance import commit, device_name
 
 ITEMS, ITEM_SHARE, ARM_ITEM_SHARE = 128, 0.4, 0.05  # shares of the variance behind an item's being right
@@ -108,7 +108,7 @@ def pooled(study: Study, truth: np.ndarray) -> dict[str, float]:
 
 def at_commit(revision: str) -> Callable[[Study, np.ndarray], dict[str, float]]:
     """What the code of a commit, before `Errors`, says of a study."""
-    path = "src/lora_lite/lab/estimates.py"
+    path = "src/lora_lite/lab/findings/estimates.py"
     source = subprocess.run(["git", "show", f"{revision}:{path}"], capture_output=True, text=True, check=True).stdout
     old = types.ModuleType("estimates_before")
     sys.modules[old.__name__] = old

@@ -14,11 +14,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lora_lite.calibration.collector import calibrate
-from lora_lite.lab.catalogue import load_task
-from lora_lite.lab.data import collate, encode
-from lora_lite.lab.models import load_model
-from lora_lite.lab.presets import PRESETS
+from lora_lite.lab.models.load import load_model
 from lora_lite.lab.provenance import device_name
+from lora_lite.lab.tasks.catalogue import load_task
+from lora_lite.lab.training.data import collate, encode
+from lora_lite.lab.training.presets import PRESETS
 from lora_lite.layers.linear import dense
 from lora_lite.linalg import singular_directions
 

@@ -14,9 +14,9 @@ import fidelity
 
 import lora_lite as ll
 from lora_lite.cli import facts
-from lora_lite.lab import tables
-from lora_lite.lab.analysis import analyse
-from lora_lite.lab.findings import Findings
+from lora_lite.lab.findings.analysis import analyse
+from lora_lite.lab.findings.findings import Findings
+from lora_lite.lab.report import tables
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "docs" / "s-space.md", ROOT / "docs" / "lab.md"]

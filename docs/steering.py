@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import lora_lite as ll
-from lora_lite.lab.models import EMBEDDED, load_model
+from lora_lite.lab.models.load import EMBEDDED, load_model
 from lora_lite.lab.provenance import device_name
 
 COEFFICIENTS = (-2.0, -1.0, 0.0, 1.0, 2.0)

@@ -92,7 +92,7 @@ def lab_command(name: str, arguments: Sequence[str]) -> int:
     try:
         import transformers
 
-        from lora_lite.lab import commands
+        from lora_lite.lab.commands import commands
     except ModuleNotFoundError as error:
         print(f"lora-lite: {error}; {LAB_HINT}", file=sys.stderr)
         return 1

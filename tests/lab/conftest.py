@@ -26,6 +26,6 @@ def model(tmp_path: Path) -> str:
 @pytest.fixture(scope="session")
 def smollm() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The embedded model in fp32. Converted on the first use on a machine (half a minute), then a second."""
-    from lora_lite.lab.models import load_model
+    from lora_lite.lab.models.load import load_model
 
     return load_model()

@@ -9,8 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lora_lite.lab.study import Study
-from lora_lite.lab.train import TrainConfig
+from lora_lite.lab.studies.study import Study
+from lora_lite.lab.training.loop import TrainConfig
 
 CHAT = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"

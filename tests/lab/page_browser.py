@@ -10,7 +10,7 @@ import page_studies as studies
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from lora_lite.lab.page import write_page
+from lora_lite.lab.report.page import write_page
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FEW = ("lora", "dora", "ia3", "antipasto", "antipasto_asvd", "hra")

@@ -1,7 +1,7 @@
 import pytest
 
 import lora_lite as ll
-from lora_lite.lab.arms import ArmError, parse_arms, trained
+from lora_lite.lab.studies.arms import ArmError, parse_arms, trained
 
 
 def names(text: str) -> list[str]:

@@ -15,9 +15,10 @@ import torch
 from lab_helpers import small_study as small
 
 import lora_lite as ll
-from lora_lite.lab import bench, tables
-from lora_lite.lab.analysis import analyse
-from lora_lite.lab.ledger import FAILED, Ledger, LedgerError
+from lora_lite.lab.findings.analysis import analyse
+from lora_lite.lab.report import tables
+from lora_lite.lab.studies import bench
+from lora_lite.lab.studies.ledger import FAILED, Ledger, LedgerError
 
 
 def test_a_study_is_measured_whole_and_its_findings_say_so(model: str, tmp_path: Path) -> None:
@@ -162,7 +163,7 @@ def test_two_processes_share_a_folder_and_a_killed_one_is_made_good(model: str, 
 
     source = (
         "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[3]); import json\n"
-        "from lora_lite.lab.study import Study; from lora_lite.lab.bench import run_study\n"
+        "from lora_lite.lab.studies.study import Study; from lora_lite.lab.studies.bench import run_study\n"
         "run_study(Study.from_dict(json.loads(sys.argv[1])), Path(sys.argv[2]))"
     )
     arguments = [sys.executable, "-c", source, json.dumps(study.to_dict()), str(tmp_path / "two"), str(Path(__file__))]

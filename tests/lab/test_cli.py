@@ -8,8 +8,8 @@ from lab_helpers import make_llama, save_tiny, write_rows
 
 import lora_lite as ll
 from lora_lite import cli
-from lora_lite.lab.catalogue import load_task
-from lora_lite.lab.tasks import fingerprint
+from lora_lite.lab.tasks.catalogue import load_task
+from lora_lite.lab.tasks.task import fingerprint
 
 SMALL = ["--task", "gcd", "--train-examples", "16", "--test-examples", "4", "--reload-examples", "2", "--steps", "3"]
 
@@ -182,7 +182,7 @@ def test_a_method_that_is_not_trained_is_none_to_train(capsys: pytest.CaptureFix
 
 
 def test_every_setting_has_a_line_of_help() -> None:
-    from lora_lite.lab.flags import field_help
+    from lora_lite.lab.commands.flags import field_help
 
     for cls in ll.methods().values():
         missing = [name for name, text in field_help(cls.Config).items() if not text]

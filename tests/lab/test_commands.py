@@ -7,7 +7,7 @@ import pytest
 from lab_helpers import save_tiny
 
 from lora_lite import cli
-from lora_lite.lab.study import study_names
+from lora_lite.lab.studies.study import study_names
 
 SMALL = [
     "--task", "gcd", "--validation-examples", "4", "--test-examples", "4", "--seeds", "1", "--rates", "1", "--steps",

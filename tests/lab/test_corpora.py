@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from lab_helpers import write_rows
 
-from lora_lite.lab.corpora import CorpusError, general_text, load_rows
+from lora_lite.lab.tasks.corpora import CorpusError, general_text, load_rows
 
 ROWS = [{"question": f"{i} + 1?", "answer": str(i + 1), "level": i} for i in range(4)]
 WANTED = [{"question": row["question"], "answer": row["answer"]} for row in ROWS]

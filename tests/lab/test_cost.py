@@ -16,10 +16,19 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig
 
 import lora_lite as ll
-from lora_lite.lab import measure
-from lora_lite.lab.cost import cost_table, costs, measured_costs, shape_costs
-from lora_lite.lab.findings import Cost, Interval
-from lora_lite.lab.measure import MeasureError, Workload, base_step, child_peak, ratio, step_peak, take_turns, twin_tree
+from lora_lite.lab.costs import measure
+from lora_lite.lab.costs.cost import cost_table, costs, measured_costs, shape_costs
+from lora_lite.lab.costs.measure import (
+    MeasureError,
+    Workload,
+    base_step,
+    child_peak,
+    ratio,
+    step_peak,
+    take_turns,
+    twin_tree,
+)
+from lora_lite.lab.findings.findings import Cost, Interval
 
 CPU = torch.device("cpu")
 SMALL = Workload(batch_size=2, tokens=8, rounds=3, calibration_batches=2)

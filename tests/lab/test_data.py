@@ -9,9 +9,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lora_lite.lab import data
-from lora_lite.lab.data import IGNORE, BatchOrder, DataError, Encoded
-from lora_lite.lab.tasks import Example, from_examples
+from lora_lite.lab.tasks.task import Example, from_examples
+from lora_lite.lab.training import data
+from lora_lite.lab.training.data import IGNORE, BatchOrder, DataError, Encoded
 
 REFUSES_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHAT
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lora_lite.lab import estimates
-from lora_lite.lab.estimates import Errors, Table
-from lora_lite.lab.findings import Interval
-from lora_lite.lab.moderated import PRIOR_FREEDOM, draw_variances, log_density, moderated
+from lora_lite.lab.findings import estimates
+from lora_lite.lab.findings.estimates import Errors, Table
+from lora_lite.lab.findings.findings import Interval
+from lora_lite.lab.findings.moderated import PRIOR_FREEDOM, draw_variances, log_density, moderated
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import verdicts

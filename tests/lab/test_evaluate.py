@@ -6,13 +6,13 @@ from lab_helpers import make_llama, make_tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lora_lite.lab import data
-from lora_lite.lab import evaluate as lab
-from lora_lite.lab.catalogue import mixture
-from lora_lite.lab.data import Encoded
-from lora_lite.lab.evaluate import EvaluationError, evaluate, generate
-from lora_lite.lab.scoring import mentions_number, numeric
-from lora_lite.lab.tasks import Example, Task, by_occurrence, by_reference, from_examples
+from lora_lite.lab.tasks.catalogue import mixture
+from lora_lite.lab.tasks.scoring import mentions_number, numeric
+from lora_lite.lab.tasks.task import Example, Task, by_occurrence, by_reference, from_examples
+from lora_lite.lab.training import data
+from lora_lite.lab.training import evaluate as lab
+from lora_lite.lab.training.data import Encoded
+from lora_lite.lab.training.evaluate import EvaluationError, evaluate, generate
 
 EOS = 256
 PROMPTS = [f"{'word ' * (i % 5)}number {i}" for i in range(11)]

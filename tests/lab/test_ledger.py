@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_lite.lab.ledger import DONE, FAILED, Ledger, LedgerError, publish, run_id
+from lora_lite.lab.studies.ledger import DONE, FAILED, Ledger, LedgerError, publish, run_id
 
 CONFIG = {"kind": "tune", "training": {"lr": 0.1, "seed": 0}}
 
@@ -66,7 +66,7 @@ def test_one_process_claims_a_run_until_it_is_killed(tmp_path: Path) -> None:
     source = f"""
         import sys, time
         from pathlib import Path
-        from lora_lite.lab.ledger import Ledger
+        from lora_lite.lab.studies.ledger import Ledger
         with Ledger(Path({str(tmp_path)!r})).claim({run!r}) as mine:
             print(mine, flush=True)
             time.sleep(600)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import lora_lite as ll
-from lora_lite.lab.macs import TEXT, Macs, added_macs, base_macs
+from lora_lite.lab.costs.macs import TEXT, Macs, added_macs, base_macs
 
 I, O, LAYERS = 3584, 1024, 24
 

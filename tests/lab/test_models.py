@@ -10,9 +10,9 @@ import pytest
 import torch
 from lab_helpers import save_tiny
 
-from lora_lite.lab import embedded
-from lora_lite.lab.embedded import CacheWarning, ModelError
-from lora_lite.lab.models import load_model, model_config
+from lora_lite.lab.models import embedded
+from lora_lite.lab.models.embedded import CacheWarning, ModelError
+from lora_lite.lab.models.load import load_model, model_config
 
 
 def test_the_embedded_model_speaks(smollm) -> None:

@@ -8,8 +8,8 @@ import pytest
 from page_browser import STUDIES, opened, page_folders, shared_browser  # noqa: F401
 from playwright.sync_api import Browser
 
-from lora_lite.lab.findings import Findings
-from lora_lite.lab.page import write_page
+from lora_lite.lab.findings.findings import Findings
+from lora_lite.lab.report.page import write_page
 
 
 @pytest.mark.parametrize("width", [1280, 390])

@@ -14,13 +14,13 @@ import test_train
 from lab_helpers import make_llama
 
 import lora_lite as ll
-from lora_lite.lab import checkpoints
-from lora_lite.lab.checkpoints import CheckpointWriteError, last_checkpoint
-from lora_lite.lab.devices import pick_device
-from lora_lite.lab.locks import hold
-from lora_lite.lab.place import Place, RunError
-from lora_lite.lab.run_config import RunConfig
-from lora_lite.lab.train import TrainConfig, train
+from lora_lite.lab.models.devices import pick_device
+from lora_lite.lab.training import checkpoints
+from lora_lite.lab.training.checkpoints import CheckpointWriteError, last_checkpoint
+from lora_lite.lab.training.config import RunConfig
+from lora_lite.lab.training.locks import hold
+from lora_lite.lab.training.loop import TrainConfig, train
+from lora_lite.lab.training.place import Place, RunError
 
 
 def made(out: Path, *names: str) -> None:
@@ -60,7 +60,7 @@ def test_which_folders_a_run_may_use(there: tuple[str, ...], flags: dict, words:
 def test_a_lock_is_free_when_its_process_is_killed(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     source = (
-        "import sys, time, pathlib; from lora_lite.lab.locks import hold\n"
+        "import sys, time, pathlib; from lora_lite.lab.training.locks import hold\n"
         "with hold(pathlib.Path(sys.argv[1])) as holder:\n    print(repr(holder), flush=True); time.sleep(600)\n"
     )
     other = subprocess.Popen([sys.executable, "-c", source, str(path)], stdout=subprocess.PIPE, text=True)

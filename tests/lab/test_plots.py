@@ -11,11 +11,11 @@ import pytest
 from matplotlib._pylab_helpers import Gcf
 from PIL import Image
 
-from lora_lite.lab import numerals
-from lora_lite.lab.findings import Findings, Interval
-from lora_lite.lab.page import bars, drawing, panels, plots, table
-from lora_lite.lab.page.front import points_of
-from lora_lite.lab.page.plots import Plots, plot
+from lora_lite.lab.findings.findings import Findings, Interval
+from lora_lite.lab.report import numerals
+from lora_lite.lab.report.page import bars, drawing, panels, plots, table
+from lora_lite.lab.report.page.front import points_of
+from lora_lite.lab.report.page.plots import Plots, plot
 
 FEW = {arm: studies.ARMS[arm] for arm in ("lora", "ia3", "antipasto", "antipasto_asvd")}
 

@@ -12,13 +12,13 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import LlamaForCausalLM
 
 import lora_lite as ll
-from lora_lite.lab.analysis import analyse
-from lora_lite.lab.bench import run_study
-from lora_lite.lab.evaluate import generate
-from lora_lite.lab.models import ModelError, load_model
+from lora_lite.lab.findings.analysis import analyse
+from lora_lite.lab.models.load import ModelError, load_model
 from lora_lite.lab.provenance import base_print
-from lora_lite.lab.study import Study
-from lora_lite.lab.train import TrainConfig
+from lora_lite.lab.studies.bench import run_study
+from lora_lite.lab.studies.study import Study
+from lora_lite.lab.training.evaluate import generate
+from lora_lite.lab.training.loop import TrainConfig
 from lora_lite.layers.packing import forbid_packing
 
 

@@ -12,9 +12,9 @@ import pyarrow.parquet
 import pytest
 from lab_helpers import write_rows
 
-from lora_lite.lab.catalogue import load_task
-from lora_lite.lab.corpora import CorpusError, load_rows
-from lora_lite.lab.tasks import TaskError
+from lora_lite.lab.tasks.catalogue import load_task
+from lora_lite.lab.tasks.corpora import CorpusError, load_rows
+from lora_lite.lab.tasks.task import TaskError
 
 AS_WRITTEN = [
     ('"2024-03-15"', "2024-03-15"), ("5", "5"), ("7.5", "7.5"), ("12345678901234567890", "12345678901234567890"),

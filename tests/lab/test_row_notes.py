@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from lab_helpers import write_rows
 
-from lora_lite.lab import tasks
-from lora_lite.lab.catalogue import load_task
-from lora_lite.lab.evaluate import judge
-from lora_lite.lab.tasks import TaskError
+from lora_lite.lab.tasks import task as tasks
+from lora_lite.lab.tasks.catalogue import load_task
+from lora_lite.lab.tasks.task import TaskError
+from lora_lite.lab.training.evaluate import judge
 
 
 def test_rows_left_out_are_told_in_a_note(tmp_path: Path) -> None:

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 from lab_helpers import write_rows
 
-from lora_lite.lab import row_tasks, tasks
-from lora_lite.lab.catalogue import load_task
-from lora_lite.lab.corpora import CorpusError
-from lora_lite.lab.scoring import ScoringError
-from lora_lite.lab.tasks import Task, TaskError, content_key
+from lora_lite.lab.tasks import row_tasks
+from lora_lite.lab.tasks import task as tasks
+from lora_lite.lab.tasks.catalogue import load_task
+from lora_lite.lab.tasks.corpora import CorpusError
+from lora_lite.lab.tasks.scoring import ScoringError
+from lora_lite.lab.tasks.task import Task, TaskError, content_key
 
 
 def gsm_row(i: int) -> dict[str, str]:

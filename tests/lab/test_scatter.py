@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from lora_lite.lab.findings import Findings, Interval
-from lora_lite.lab.page import drawing, labels, scatter
-from lora_lite.lab.page.front import Point, front_of, pareto, points_of
+from lora_lite.lab.findings.findings import Findings, Interval
+from lora_lite.lab.report.page import drawing, labels, scatter
+from lora_lite.lab.report.page.front import Point, front_of, pareto, points_of
 
 FEW = {arm: studies.ARMS[arm] for arm in ("lora", "ia3", "antipasto", "antipasto_asvd")}
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_lite.lab import scoring
-from lora_lite.lab.scoring import ScoringError, final_number
+from lora_lite.lab.tasks import scoring
+from lora_lite.lab.tasks.scoring import ScoringError, final_number
 
 NUMBERS = {
     # plain

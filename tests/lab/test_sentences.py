@@ -4,9 +4,9 @@ import dataclasses
 
 import page_studies as studies
 
-from lora_lite.lab import tables
-from lora_lite.lab.caveats import ties
-from lora_lite.lab.page import sentences
+from lora_lite.lab.findings.caveats import ties
+from lora_lite.lab.report import tables
+from lora_lite.lab.report.page import sentences
 
 
 def test_sentences_about_edges() -> None:

@@ -7,8 +7,8 @@ import pytest
 from lab_helpers import write_rows
 
 from lora_lite import cli
-from lora_lite.lab.analysis import analyse
-from lora_lite.lab.catalogue import load_task
+from lora_lite.lab.findings.analysis import analyse
+from lora_lite.lab.tasks.catalogue import load_task
 
 ROWS = [{"question": f"{i} + 1?", "answer": f"{i + 1}"} for i in range(60)]
 

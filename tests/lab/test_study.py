@@ -5,9 +5,9 @@ import itertools
 
 import pytest
 
-from lora_lite.lab.arms import ArmError
-from lora_lite.lab.ledger import canonical
-from lora_lite.lab.study import Job, Study, StudyError, jobs, load_study, study_names
+from lora_lite.lab.studies.arms import ArmError
+from lora_lite.lab.studies.ledger import canonical
+from lora_lite.lab.studies.study import Job, Study, StudyError, jobs, load_study, study_names
 
 
 @pytest.mark.parametrize("name", study_names())

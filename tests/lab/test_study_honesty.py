@@ -8,13 +8,14 @@ import pytest
 from lab_helpers import small_study as small
 
 from lora_lite import cli
-from lora_lite.lab import bench, commands, workbench
-from lora_lite.lab.analysis import analyse
-from lora_lite.lab.caveats import caveats
-from lora_lite.lab.ledger import DONE, Ledger
-from lora_lite.lab.measure import MeasureError
-from lora_lite.lab.study import StudyError
-from lora_lite.lab.workbench import Workbench
+from lora_lite.lab.commands import commands
+from lora_lite.lab.costs.measure import MeasureError
+from lora_lite.lab.findings.analysis import analyse
+from lora_lite.lab.findings.caveats import caveats
+from lora_lite.lab.studies import bench, workbench
+from lora_lite.lab.studies.ledger import DONE, Ledger
+from lora_lite.lab.studies.study import StudyError
+from lora_lite.lab.studies.workbench import Workbench
 
 
 def test_one_seed_decides_nothing(model: str, tmp_path: Path) -> None:

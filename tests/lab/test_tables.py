@@ -6,7 +6,7 @@ import page_studies
 import pytest
 from rich.console import Console
 
-from lora_lite.lab import tables
+from lora_lite.lab.report import tables
 
 
 @pytest.mark.parametrize("width", [80, 120, 400])

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_lite.lab import catalogue, gym, tasks
-from lora_lite.lab.scoring import numeric, scorer
-from lora_lite.lab.tasks import Example, Task, TaskError
+from lora_lite.lab.tasks import catalogue, gym
+from lora_lite.lab.tasks import task as tasks
+from lora_lite.lab.tasks.scoring import numeric, scorer
+from lora_lite.lab.tasks.task import Example, Task, TaskError
 
 GENERATORS = [
     "family_relationships",

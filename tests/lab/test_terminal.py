@@ -8,9 +8,9 @@ import pytest
 from rich.console import Console
 
 from lora_lite import cli
-from lora_lite.lab import tables
-from lora_lite.lab.commands import slug
-from lora_lite.lab.findings import shown
+from lora_lite.lab.commands.commands import slug
+from lora_lite.lab.findings.findings import shown
+from lora_lite.lab.report import tables
 from lora_lite.printable import one_line, printable
 
 HOSTILE = "\x1b[31mred\x1b]0;title\x07 \x9b2J \u202egnp.exe [/] [bold] :smile: \ud800"

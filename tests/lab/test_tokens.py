@@ -8,12 +8,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import lora_lite as ll
-from lora_lite.lab import data
-from lora_lite.lab.chat import ChatTemplateError
-from lora_lite.lab.data import DataError, Encoded
-from lora_lite.lab.evaluate import answer_loss_of, generate
-from lora_lite.lab.tasks import Example
-from lora_lite.lab.train import TrainConfig, train
+from lora_lite.lab.models.chat import ChatTemplateError
+from lora_lite.lab.tasks.task import Example
+from lora_lite.lab.training import data
+from lora_lite.lab.training.data import DataError, Encoded
+from lora_lite.lab.training.evaluate import answer_loss_of, generate
+from lora_lite.lab.training.loop import TrainConfig, train
 from lora_lite.tokens import decode
 
 SKIPS_SYSTEM = (

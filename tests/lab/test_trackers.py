@@ -12,9 +12,9 @@ from tensorboardX.proto.event_pb2 import Event
 from test_train import make_items
 
 import lora_lite as ll
-from lora_lite.lab import trackers
-from lora_lite.lab.trackers import TrackerError, Trackers, plain, require_trackers
-from lora_lite.lab.train import Progress, TrainConfig, learning_rate, train
+from lora_lite.lab.training import trackers
+from lora_lite.lab.training.loop import Progress, TrainConfig, learning_rate, train
+from lora_lite.lab.training.trackers import TrackerError, Trackers, plain, require_trackers
 
 CPU = torch.device("cpu")
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from two_processes import CASES, trained
 
 import lora_lite as ll
-from lora_lite.lab.data import Encoded
-from lora_lite.lab.train import TrainConfig, TrainingError, last_checkpoint, learning_rate, train
+from lora_lite.lab.training.data import Encoded
+from lora_lite.lab.training.loop import TrainConfig, TrainingError, last_checkpoint, learning_rate, train
 
 CONFIG = ll.LoRAConfig(r=2, dropout=0.1)  # dropout: the random state is part of what must resume
 

@@ -8,9 +8,9 @@ from lab_helpers import save_tiny
 from transformers import dynamic_module_utils
 
 from lora_lite import cli
-from lora_lite.lab.commands import BenchFlags, CostFlags
-from lora_lite.lab.run_config import RunConfig
-from lora_lite.lab.study import Study
+from lora_lite.lab.commands.commands import BenchFlags, CostFlags
+from lora_lite.lab.studies.study import Study
+from lora_lite.lab.training.config import RunConfig
 
 OWN = """
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -13,13 +13,15 @@ import pytest
 from lab_helpers import make_llama
 from reasoning_gym.factory import DATASETS, create_dataset
 
-from lora_lite.lab import evaluate as lab
-from lora_lite.lab import gym, report, tasks, verifier_process, verifiers
-from lora_lite.lab.bench import replies
-from lora_lite.lab.catalogue import load_task, mixture
-from lora_lite.lab.caveats import unscored
-from lora_lite.lab.evaluate import Evaluation, evaluate
-from lora_lite.lab.tasks import Example, Task, TaskError, VerifierError
+from lora_lite.lab.findings.caveats import unscored
+from lora_lite.lab.studies.bench import replies
+from lora_lite.lab.tasks import gym, verifier_process, verifiers
+from lora_lite.lab.tasks import task as tasks
+from lora_lite.lab.tasks.catalogue import load_task, mixture
+from lora_lite.lab.tasks.task import Example, Task, TaskError, VerifierError
+from lora_lite.lab.training import evaluate as lab
+from lora_lite.lab.training import examples as report
+from lora_lite.lab.training.evaluate import Evaluation, evaluate
 
 EVALUATING = [
     "binary_matrix", "countdown", "intermediate_integration", "n_queens", "polynomial_multiplication", "puzzle24",

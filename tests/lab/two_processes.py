@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import lora_lite as ll
-from lora_lite.lab.data import Encoded
-from lora_lite.lab.train import TrainConfig, train
+from lora_lite.lab.training.data import Encoded
+from lora_lite.lab.training.loop import TrainConfig, train
 
 # Batches whose tokens fall unevenly to two processes, in unequal numbers of parts; one that is smaller than they are.
 CASES = {"whole": (6, 6, 1), "parts": (6, 6, 3), "odd": (5, 5, 5), "one": (1, 1, 1), "rest": (3, 2, 1)}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lora_lite.adapter import full_precision
+from lora_lite.batches import batch_shape, run, tensors_in
 from lora_lite.calibration.contrast import Contrast
 from lora_lite.calibration.processes import add_up
 from lora_lite.calibration.statistics import STATISTICS, SUMS, Statistics, Sums
@@ -22,7 +23,6 @@ from lora_lite.frozen_basis.basis import KINDS, Basis
 from lora_lite.layers.linear import bias, shape
 from lora_lite.linalg import factorising
 from lora_lite.registry import methods
-from lora_lite.runtime.state import batch_shape, tensors_in
 
 MASKS = ("attention_mask", "decoder_attention_mask")
 
@@ -217,23 +217,6 @@ def _seeing(collector: Collector, path: str) -> Any:
         collector.see(path, tensors[0], y)
 
     return hook
-
-
-def run(model: nn.Module, batch: Any) -> Any:
-    """`model` on a batch: a mapping (keyword arguments), a tuple or list (positional ones) or a tensor, moved to the
-    device of the model's first parameter."""
-    device = next(model.parameters()).device
-
-    def move(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
-
-    if isinstance(batch, Mapping):
-        return model(**{key: move(value) for key, value in batch.items()})
-    if isinstance(batch, list | tuple):
-        return model(*[move(value) for value in batch])
-    if isinstance(batch, Tensor):
-        return model(move(batch))
-    raise TypeError(f"a batch is a mapping, a tuple, a list or a tensor, not a {type(batch).__name__}")
 
 
 def _unused() -> str:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lora_lite.adapter import Adapter
-from lora_lite.calibration.collector import run
+from lora_lite.batches import run
 from lora_lite.calibration.statistics import generator
 from lora_lite.checking.effect import turn, untouched, without_effect
 from lora_lite.checking.gradients import loss_of, measure

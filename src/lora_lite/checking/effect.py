@@ -7,11 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_lite.adapter import Adapter
-from lora_lite.calibration.collector import run
+from lora_lite.batches import batch_shape, run, tensors_in
 from lora_lite.errors import CoefficientError
 from lora_lite.runtime.coefficient import scale
 from lora_lite.runtime.hooks import TOKENS
-from lora_lite.runtime.state import batch_shape, tensors_in
 
 LEAST = 1e-2  # of the largest change of an output, below which a row's change is taken for rounding
 

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lite.calibration.collector import run
+from lora_lite.batches import run, tensors_in
 from lora_lite.calibration.statistics import generator
 from lora_lite.errors import CheckError
 from lora_lite.layers.linear import is_linear, is_quantized
 from lora_lite.numerics import double
-from lora_lite.runtime.state import tensors_in
 
 DIRECTIONS = 3
 STEPS = (1.0, 2.0, 4.0)

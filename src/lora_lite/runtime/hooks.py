@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from lora_lite.adapter import Adapter, Held, acting_on, adapters_on, cast, derive
+from lora_lite.batches import batch_shape, tensors_in
 from lora_lite.errors import StateError, TargetError
 from lora_lite.layers.linear import shape
 from lora_lite.runtime.coefficient import in_generate, spread_rows
 from lora_lite.runtime.context import NO_TASK, graph_task
 from lora_lite.runtime.dial import Cell, Dial, Setting
 from lora_lite.runtime.foreign_saves import after_state_dict, guard
-from lora_lite.runtime.state import ROOT, State, batch_shape, tensors_in
+from lora_lite.runtime.state import ROOT, State
 
 TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 

@@ -4,8 +4,6 @@ The state hangs on the root (the module given to `attach`) and is found by walki
 matter. It holds no module, only paths and tensors, so that `deepcopy` and pickling see plain data.
 """
 
-import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,34 +111,3 @@ def refuse_merged(state: State, doing: str) -> None:
     """Raise `StateError` while the adapters are merged."""
     if state.merged:
         raise StateError(f"{doing}: the adapters are merged into the weights; call unmerge first")
-
-
-def batch_shape(tensors: list[Tensor]) -> tuple[int | None, frozenset[int]]:
-    """(rows, sequence lengths) of a call, from the tensors that it was given: rows are those of the first.
-
-    A length is left out where the rows of another tensor (an image's patches) could be taken for the batch flattened.
-    """
-    batched = [tensor for tensor in tensors if tensor.ndim >= 2]
-    if not batched:
-        return None, frozenset()
-    rows = batched[0].shape[0]
-    others = {tensor.shape[0] for tensor in batched} - {rows}
-    lengths = {tensor.shape[1] for tensor in batched if tensor.shape[0] == rows}
-    return rows, frozenset(length for length in lengths if rows * length not in others)
-
-
-def tensors_in(value: Any, found: list[Tensor] | None = None) -> list[Tensor]:
-    """The tensors in nested tuples, lists, mappings and dataclasses (a model's inputs or outputs)."""
-    found = [] if found is None else found
-    if isinstance(value, Tensor):
-        found.append(value)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            tensors_in(item, found)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            tensors_in(item, found)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for each in dataclasses.fields(value):
-            tensors_in(getattr(value, each.name), found)
-    return found

@@ -1,0 +1,55 @@
+"""A model's batches: calling it on one, and the tensors in what goes in and comes out."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def run(model: nn.Module, batch: Any) -> Any:
+    """`model` on a batch: a mapping (keyword arguments), a tuple or list (positional ones) or a tensor, moved to the
+    device of the model's first parameter."""
+    device = next(model.parameters()).device
+
+    def move(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    if isinstance(batch, Mapping):
+        return model(**{key: move(value) for key, value in batch.items()})
+    if isinstance(batch, list | tuple):
+        return model(*[move(value) for value in batch])
+    if isinstance(batch, Tensor):
+        return model(move(batch))
+    raise TypeError(f"a batch is a mapping, a tuple, a list or a tensor, not a {type(batch).__name__}")
+
+
+def batch_shape(tensors: list[Tensor]) -> tuple[int | None, frozenset[int]]:
+    """(rows, sequence lengths) of a call, from the tensors that it was given: rows are those of the first.
+
+    A length is left out where the rows of another tensor (an image's patches) could be taken for the batch flattened.
+    """
+    batched = [tensor for tensor in tensors if tensor.ndim >= 2]
+    if not batched:
+        return None, frozenset()
+    rows = batched[0].shape[0]
+    others = {tensor.shape[0] for tensor in batched} - {rows}
+    lengths = {tensor.shape[1] for tensor in batched if tensor.shape[0] == rows}
+    return rows, frozenset(length for length in lengths if rows * length not in others)
+
+
+def tensors_in(value: Any, found: list[Tensor] | None = None) -> list[Tensor]:
+    """The tensors in nested tuples, lists, mappings and dataclasses (a model's inputs or outputs)."""
+    found = [] if found is None else found
+    if isinstance(value, Tensor):
+        found.append(value)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            tensors_in(item, found)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            tensors_in(item, found)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for each in dataclasses.fields(value):
+            tensors_in(getattr(value, each.name), found)
+    return found

@@ -1,0 +1,1 @@
+"""What methods cost: counted from shapes, and measured by a clock and a meter."""

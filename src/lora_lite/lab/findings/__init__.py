@@ -1,0 +1,1 @@
+"""What a ledger's runs say: estimates, verdicts, caveats, as plain data."""

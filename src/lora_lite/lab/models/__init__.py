@@ -1,0 +1,1 @@
+"""Language models for the lab, their devices and their chat templates."""

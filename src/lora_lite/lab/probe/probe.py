@@ -1,0 +1,132 @@
+"""Does this method work on this model? A table of measured facts, each beside its bound, found in under a minute."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from rich.table import Table
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+import lora_lite as ll
+from lora_lite.lab import terminal
+from lora_lite.lab.models.devices import pick_device, pick_dtype
+from lora_lite.lab.models.load import load_model
+from lora_lite.lab.probe.checks import Batch, Configs, Probe
+from lora_lite.lab.tasks.catalogue import load_task
+from lora_lite.lab.training.config import RunConfig
+from lora_lite.lab.training.data import collate, encode
+from lora_lite.lab.training.loop import TrainConfig
+from lora_lite.lab.training.run import calibration
+
+STEPS = 3  # the second is the first in which all of a LoRA can move
+EXAMPLES, BATCH = 8, 2
+NOT_REACHED = "not reached"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row. ok: None where the check does not apply, or was not reached."""
+
+    name: str
+    measured: str
+    bound: str
+    ok: bool | None
+
+    @property
+    def verdict(self) -> str:
+        return {True: "ok", False: "FAILED", None: "-"}[self.ok]
+
+
+@dataclass(frozen=True)
+class ProbeReport:
+    """What `probe` found. ok: no check failed."""
+
+    checks: tuple[Check, ...]
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        return all(check.ok is not False for check in self.checks)
+
+    def table(self) -> Table:
+        """For people."""
+        table = terminal.table(f"probe, {self.seconds:.0f} s")
+        for title in ("check", "measured", "asked for", ""):
+            terminal.column(table, title)
+        for check in self.checks:
+            style = "bold red" if check.ok is False else ""
+            terminal.row(table, (check.name, check.measured, check.bound, check.verdict), style)
+        return table
+
+    def summary(self) -> dict[str, Any]:
+        """As plain data for JSON."""
+        rows = {c.name: {"measured": c.measured, "bound": c.bound, "ok": c.ok} for c in self.checks}
+        return {"ok": self.ok, "seconds": round(self.seconds, 1), "checks": rows}
+
+
+def probe(run: RunConfig, method: ll.AdapterConfig | Configs, training: TrainConfig) -> ProbeReport:
+    """`probe_method` on a model by name, with a few training examples of the run's task.
+
+    Raises ModelError, TaskError, DataError where there is nothing to probe with; what the method does wrong is a row.
+    """
+    device = pick_device(run.device)
+    dtype = pick_dtype(run.dtype, device)
+    task = load_task(run.task)
+    examples, _ = task.up_to("train", min(EXAMPLES, run.train_examples), training.seed)
+    load = partial(
+        load_model, run.model, dtype, device, quantization=run.quantization, trust_remote_code=run.trust_remote_code
+    )
+    model, tokenizer = load()
+    items, _ = encode(examples, tokenizer, run.max_length)
+    pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
+    batches = [collate(items[at : at + BATCH], pad) for at in range(0, len(items), BATCH)]
+    bases = iter([model])
+    del model
+
+    def fresh() -> PreTrainedModel:
+        return next(bases, None) or load()[0]
+
+    return probe_method(
+        fresh, method, batches, calibration(method, items, pad, BATCH), training.lr, train_also=run.train_also
+    )
+
+
+def probe_method(
+    fresh: Callable[[], PreTrainedModel],
+    method: ll.AdapterConfig | Configs,
+    batches: Sequence[Batch],
+    calibration_data: Any = None,
+    lr: float | None = None,
+    steps: int = STEPS,
+    train_also: Sequence[str] = (),
+) -> ProbeReport:
+    """Attach, perturb, train a few steps, save, load on a fresh base, and measure what the library promises.
+
+    A check that fails is a row, with the reason, and the others go on; where the adapted model cannot run, none can.
+
+    Args:
+        fresh: gives a new copy of the base, in eval mode; called twice.
+        method: a config, or several with disjoint targets.
+        batches: at least one, with input_ids, attention_mask and labels, each (B, T).
+        calibration_data: as for `attach`.
+        lr: learning rate of the training steps. None: the method's default.
+        steps: training steps.
+        train_also: as for `attach`.
+    """
+    started = time.perf_counter()
+    configs = [method] if isinstance(method, ll.AdapterConfig) else list(method)
+    found = Probe(fresh, configs, batches, calibration_data, lr, steps, train_also)
+    checks: list[Check] = []
+    for name, bound, check in tqdm(found.checks(), desc="probe", unit="check", leave=False):
+        if checks and not found.runs:
+            checks.append(Check(name, NOT_REACHED, bound, None))
+            continue
+        try:
+            measured, ok = check()
+        except (ll.LoraLiteError, ValueError, RuntimeError) as error:  # torch says what does not fit as RuntimeError
+            measured, ok = f"{type(error).__name__}: {error}", False
+        checks.append(Check(name, measured, bound, ok))
+    return ProbeReport(tuple(checks), time.perf_counter() - started)

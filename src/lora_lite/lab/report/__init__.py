@@ -1,0 +1,1 @@
+"""Findings for people: tables, and a page with pictures."""

@@ -1,0 +1,223 @@
+"""What stands in the cells of the table of arms. A missing value is a dash that says why."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from statistics import median
+
+from lora_lite.lab.findings.findings import Cost, Finding, Findings, Interval
+from lora_lite.lab.report import numerals
+from lora_lite.lab.report.numerals import (
+    DASH,
+    compact,
+    loss,
+    p_value,
+    percent,
+    points,
+    rate,
+    seconds,
+    short,
+    signed,
+    span,
+)
+
+VERDICTS = {  # verdict -> what the table says
+    "baseline": "◆ baseline",
+    "better": "▲ better",
+    "worse": "▼ worse",
+    "tie": "● tie",
+    "": "needs two seeds",
+}
+EDGE = "at the grid's edge"  # of an arm whose chosen rate is the lowest or the highest that was tried
+ITEMS_ONLY = "items only"  # of an interval that says nothing of other seeds
+UNCOMPARED = "not comparable yet: the arm or the baseline has fewer than two seeds"
+WORST = 10_000  # more places than a study has arms
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one arm has in one column.
+
+    Attributes:
+        text: the value, or the dash.
+        sort: what to sort by; None puts the arm last, whichever way.
+        note: smaller lines beneath.
+        title: what a pointer shows; for a dash, why there is nothing.
+        mark: a class of the style sheet.
+        forest: for a difference, where its interval is drawn: low, mean and high, in percent of the drawing's width.
+        aside: for a difference, its p-value in words; for a tie, the difference that it would have seen.
+    """
+
+    text: str = DASH
+    sort: float | str | None = None
+    note: str = ""
+    title: str = ""
+    mark: str = ""
+    forest: tuple[float, float, float] | None = None
+    aside: str = ""
+
+
+def missing(why: str, arm: Finding) -> Cell:
+    """A dash with its reason, and what the arm still lacks."""
+    lacks = f"; still missing: {', '.join(arm.missing)}" if arm.missing else ""
+    return Cell(title=f"{why}{lacks}", mark="none")
+
+
+def number(
+    value: float | None, show: Callable[[float], str], arm: Finding, why: str, note: str = "", title: str = ""
+) -> Cell:
+    """A number, or a dash if there is none or it is not finite."""
+    if value is None:
+        return missing(why, arm)
+    if not math.isfinite(value):
+        return missing("not a finite number", arm)
+    return Cell(show(value), float(value), note, title)
+
+
+def interval(value: Interval | None, show: Callable[[float], str], arm: Finding, why: str, title: str = "") -> Cell:
+    """A mean with its interval beneath."""
+    ranges = value is not None and math.isfinite(value.low + value.high) and value.low < value.high
+    note = span(value, show) if value is not None and ranges else ""
+    return number(value.mean if value is not None else None, show, arm, why, note, title)
+
+
+def accuracy(arm: Finding) -> Cell:
+    """Mean, interval, and each seed's own on pointing. Of one seed, the interval says that it covers items only."""
+    each = ", ".join(f"seed {seed}: {percent(value)}" for seed, value in sorted(arm.by_seed.items()))
+    return items_only(interval(arm.accuracy, percent, arm, "no accuracy measured yet", each), len(arm.seeds) == 1)
+
+
+def items_only(cell: Cell, so: bool) -> Cell:
+    """A cell whose interval is marked as covering items only, if it is so."""
+    return replace(cell, note=f"{cell.note}\n{ITEMS_ONLY}") if so and cell.note else cell
+
+
+def widest(findings: Findings) -> float:
+    """What the small pictures in the table reach to, on either side of zero.
+
+    At most twice the median: a few arms far off would squeeze all the others into a point. Theirs end in an arrow.
+    """
+    ends = [max(abs(arm.against.low), abs(arm.against.high)) for arm in findings.arms if arm.against]
+    ends = [end for end in ends if math.isfinite(end) and end > 0] or [1.0]
+    return min(max(ends), 2 * median(ends))
+
+
+def difference(arm: Finding, scale: float) -> Cell:
+    """The difference to the baseline, and where its interval lies."""
+    if arm.verdict == "baseline":
+        return Cell("0", 0.0, title="the baseline itself")
+    if arm.method == "base" and arm.against is None:
+        return missing("the base is not an arm", arm)
+    found = interval(arm.against, points, arm, UNCOMPARED)
+    if arm.against is None or not found.note:
+        return found
+    low, mean, high = (50 + 50 * end / scale for end in (arm.against.low, arm.against.mean, arm.against.high))
+    p = p_value(arm.p) if arm.p is not None else ""
+    alone = f"by itself, this comparison's interval is {span(arm.alone, points)}" if arm.alone is not None else ""
+    found = replace(found, mark=arm.verdict or "tie", forest=(low, mean, high), aside=p, title=alone)
+    return items_only(found, not arm.verdict)
+
+
+def verdict(arm: Finding) -> Cell:
+    """In a word, and whether the rate was chosen at the grid's edge."""
+    if arm.method == "base" or (not arm.verdict and arm.accuracy is None):
+        return missing("the base is not an arm" if arm.method == "base" else "no accuracy measured yet", arm)
+    note = EDGE if arm.edge else ""
+    beyond = f"the {arm.edge} rate of the grid was chosen: a better one may lie beyond" if arm.edge else ""
+    title = "; ".join(filter(None, ["" if arm.verdict else UNCOMPARED, beyond]))
+    word = VERDICTS[arm.verdict]
+    mark = f"verdict {arm.verdict or 'open'}"
+    return Cell(word, list(VERDICTS).index(arm.verdict), note, title, mark, aside=could_see(arm))
+
+
+def could_see(arm: Finding) -> str:
+    """What difference a tie would have shown; "" of other verdicts."""
+    return numerals.seen(arm.seen) if arm.verdict == "tie" else ""
+
+
+def gist(arm: Finding) -> list[tuple[str, str]]:
+    """What stands below an arm's name where the table's other columns are out of sight: (class, words)."""
+    if arm.method == "base":
+        return []
+    standing = verdict(arm)
+    words = [(standing.mark, standing.text if standing.mark != "none" else "not measured yet")]
+    words += [("", f"place {place(arm).text}")] if arm.places is not None else []
+    words += [("flag", f"{seeds(arm).text} seeds")] if len(arm.seeds) < arm.wanted_seeds else []
+    return words + ([("flag", EDGE)] if arm.edge else [])
+
+
+def place(arm: Finding) -> Cell:
+    """A range, unless the data settle it."""
+    if arm.places is None:
+        return missing("the base is not an arm" if arm.method == "base" else "no accuracy to compare yet", arm)
+    best, worst = arm.places
+    return Cell(str(best) if best == worst else f"{best}–{worst}", best + worst / WORST)
+
+
+def seeds(arm: Finding) -> Cell:
+    """Measured of wanted."""
+    if arm.method == "base":
+        return missing("nothing is trained", arm)
+    listed = f"seeds {', '.join(map(str, arm.seeds))}" if arm.seeds else "none yet"
+    few = "flag" if len(arm.seeds) < arm.wanted_seeds else ""
+    return Cell(f"{len(arm.seeds)} of {arm.wanted_seeds}", float(len(arm.seeds)), title=listed, mark=few)
+
+
+def chosen(arm: Finding) -> Cell:
+    """The rate, flagged where the best may lie beyond the grid."""
+    if arm.method == "base":
+        return missing("nothing is trained", arm)
+    note = f"{arm.edge} of the grid" if arm.edge else ""
+    found = number(arm.rate, rate, arm, "not all rates of the grid are tried yet", note)
+    title = f"the best rate may lie beyond: {arm.edge} rate of the grid" if arm.edge else found.title
+    return Cell(found.text, found.sort, found.note, title, "flag" if arm.edge else found.mark)
+
+
+def of_cost(arm: Finding, read: Callable[[Cost], float | None], show: Callable[[float], str], exact: str = "") -> Cell:
+    """A number of the arm's costs. exact: the format that shows it in full on pointing."""
+    value = read(arm.cost) if arm.cost is not None else None
+    title = exact.format(value) if exact and value is not None else ""
+    return number(value, show, arm, unmeasured(arm), title=title)
+
+
+def unmeasured(arm: Finding) -> str:
+    """Why a cost is missing."""
+    return "the base has no adapter" if arm.method == "base" else "not measured yet"
+
+
+def macs(arm: Finding) -> Cell:
+    """Added work a token, and its share of the base's."""
+    cost = arm.cost
+    if cost is None or cost.macs_token is None:
+        return missing(unmeasured(arm), arm)
+    share = f"{percent(cost.macs_token / cost.base_macs_token, 2)} of the base" if cost.base_macs_token else ""
+    once = f", and {cost.macs_step:,} once a pass" if cost.macs_step else ""
+    return Cell(compact(cost.macs_token), float(cost.macs_token), share, f"{cost.macs_token:,} a token{once}")
+
+
+def attach(arm: Finding) -> Cell:
+    """Seconds to attach, with their parts."""
+    parts = arm.cost.attach_seconds if arm.cost is not None else {}
+    if not parts:
+        return missing(unmeasured(arm), arm)
+    title = ", ".join(f"{part} {seconds(value)}" for part, value in parts.items())
+    note = " + ".join(short(value, 2) for value in parts.values())
+    return number(sum(parts.values()), seconds, arm, "", note, title)
+
+
+def forgot(arm: Finding, name: str) -> Cell:
+    """After minus before; of the base, the loss itself."""
+    change = arm.forgetting.get(name)
+    if change is None:
+        return missing(f"loss on {name} not measured yet", arm)
+    if arm.method == "base":
+        return Cell(f"loss {loss(change.before)}", change.before, title="what the arms' changes are counted from")
+    low, mean, high = (end - change.before for end in (change.after.low, change.after.mean, change.after.high))
+    title = f"from {loss(change.before)} to {loss(change.after.mean)}"
+    return interval(Interval(mean, low, high), signed, arm, "", title)
+
+
+def failures(arm: Finding) -> Cell:
+    """How many."""
+    count = len(arm.failures)
+    return Cell(str(count), float(count), title="\n".join(arm.failures), mark="flag" if count else "")

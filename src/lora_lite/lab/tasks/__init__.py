@@ -1,0 +1,1 @@
+"""Tasks: where questions come from, in splits that share nothing, and how replies are scored."""

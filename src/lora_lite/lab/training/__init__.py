@@ -1,0 +1,1 @@
+"""One training run: data, the loop, checkpoints, evaluation, and what was found."""
