@@ -3,6 +3,7 @@
 import lora_lite as ll
 """
 
+import importlib as _importlib
 from importlib.metadata import version as _version
 from typing import Any
 
@@ -33,6 +34,9 @@ from lora_lite.runtime.attach import attach, detach
 from lora_lite.runtime.attach_cost import AttachCost
 from lora_lite.runtime.attachment import Attachment, attachment, base_state_dict
 from lora_lite.runtime.coefficient import disabled, scale
+
+# Registers the methods. The folder is callable, and from here on it is what `methods` means.
+_importlib.import_module("lora_lite.methods")
 
 __version__ = _version("lora-lite")
 

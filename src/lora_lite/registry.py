@@ -1,6 +1,5 @@
 """The registry of methods: by name, and by the type of their config."""
 
-import importlib
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -39,14 +38,12 @@ def register(Config: type[AdapterConfig], facts: Facts) -> Callable[[AdapterClas
 
 def methods() -> dict[str, type[Adapter]]:
     """The registered methods, by name."""
-    importlib.import_module("lora_lite.methods")  # registers what is in the folder
     return {cls.facts.name: cls for cls in sorted(_BY_CONFIG.values(), key=lambda cls: cls.facts.name)}
 
 
 def method_of(cfg: AdapterConfig) -> type[Adapter]:
     """The method whose config `cfg` is. Raises `ValueError` for a config that no method registered."""
-    known = methods()
     if type(cfg) in _BY_CONFIG:
         return _BY_CONFIG[type(cfg)]
-    names = ", ".join(cls.Config.__name__ for cls in known.values())
+    names = ", ".join(cls.Config.__name__ for cls in methods().values())
     raise ValueError(f"{type(cfg).__name__} is no registered config; the registered ones are {names}")

@@ -19,8 +19,9 @@ from lora_lite.lab.training import checkpoints
 from lora_lite.lab.training.checkpoints import CheckpointWriteError, last_checkpoint
 from lora_lite.lab.training.config import RunConfig
 from lora_lite.lab.training.locks import hold
-from lora_lite.lab.training.loop import TrainConfig, train
+from lora_lite.lab.training.loop import train
 from lora_lite.lab.training.place import Place, RunError
+from lora_lite.lab.training.progress import TrainConfig
 
 
 def made(out: Path, *names: str) -> None:

@@ -20,7 +20,7 @@ from lora_lite.lab.probe.checks import distance, spread
 from lora_lite.lab.probe.probe import ProbeReport, probe, probe_method
 from lora_lite.lab.training.config import RunConfig
 from lora_lite.lab.training.data import collate
-from lora_lite.lab.training.loop import TrainConfig
+from lora_lite.lab.training.progress import TrainConfig
 
 TRAINED = [name for name, cls in ll.methods().items() if cls.facts.trained]
 BATCHES = [collate(make_items()[at : at + 4], 0) for at in (0, 4)]

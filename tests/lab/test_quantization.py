@@ -18,7 +18,7 @@ from lora_lite.lab.provenance import base_print
 from lora_lite.lab.studies.bench import run_study
 from lora_lite.lab.studies.study import Study
 from lora_lite.lab.training.evaluate import generate
-from lora_lite.lab.training.loop import TrainConfig
+from lora_lite.lab.training.progress import TrainConfig
 from lora_lite.layers.packing import forbid_packing
 
 

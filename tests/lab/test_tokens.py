@@ -13,7 +13,8 @@ from lora_lite.lab.tasks.task import Example
 from lora_lite.lab.training import data
 from lora_lite.lab.training.data import DataError, Encoded
 from lora_lite.lab.training.evaluate import answer_loss_of, generate
-from lora_lite.lab.training.loop import TrainConfig, train
+from lora_lite.lab.training.loop import train
+from lora_lite.lab.training.progress import TrainConfig
 from lora_lite.tokens import decode
 
 SKIPS_SYSTEM = (

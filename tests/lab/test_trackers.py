@@ -13,7 +13,8 @@ from test_train import make_items
 
 import lora_lite as ll
 from lora_lite.lab.training import trackers
-from lora_lite.lab.training.loop import Progress, TrainConfig, learning_rate, train
+from lora_lite.lab.training.loop import learning_rate, train
+from lora_lite.lab.training.progress import Progress, TrainConfig
 from lora_lite.lab.training.trackers import TrackerError, Trackers, plain, require_trackers
 
 CPU = torch.device("cpu")

@@ -15,7 +15,8 @@ from two_processes import CASES, trained
 
 import lora_lite as ll
 from lora_lite.lab.training.data import Encoded
-from lora_lite.lab.training.loop import TrainConfig, TrainingError, last_checkpoint, learning_rate, train
+from lora_lite.lab.training.loop import TrainingError, last_checkpoint, learning_rate, train
+from lora_lite.lab.training.progress import TrainConfig
 
 CONFIG = ll.LoRAConfig(r=2, dropout=0.1)  # dropout: the random state is part of what must resume
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 import lora_lite as ll
 from lora_lite.lab.training.data import Encoded
-from lora_lite.lab.training.loop import TrainConfig, train
+from lora_lite.lab.training.loop import train
+from lora_lite.lab.training.progress import TrainConfig
 
 # Batches whose tokens fall unevenly to two processes, in unequal numbers of parts; one that is smaller than they are.
 CASES = {"whole": (6, 6, 1), "parts": (6, 6, 3), "odd": (5, 5, 5), "one": (1, 1, 1), "rest": (3, 2, 1)}

@@ -14,13 +14,13 @@ import tyro
 from lora_lite.files.atomic import expanded, write_atomically
 from lora_lite.lab import terminal
 from lora_lite.lab.commands import flags
-from lora_lite.lab.commands.shared_flags import TrustRemoteCode
 from lora_lite.lab.costs.cost import cost_table, costs
 from lora_lite.lab.findings.analysis import analyse
 from lora_lite.lab.models.devices import pick_device, pick_dtype
 from lora_lite.lab.probe.probe import probe
 from lora_lite.lab.report import tables
 from lora_lite.lab.report.page import write_page
+from lora_lite.lab.shared_flags import TrustRemoteCode
 from lora_lite.lab.studies.bench import run_study
 from lora_lite.lab.studies.ledger import Ledger
 from lora_lite.lab.studies.study import Study, load_study, study_names

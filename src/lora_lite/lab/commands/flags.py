@@ -12,8 +12,8 @@ import lora_lite as ll
 from lora_lite.adapter import Adapter
 from lora_lite.config import AdapterConfig
 from lora_lite.lab.training.config import RunConfig
-from lora_lite.lab.training.loop import TrainConfig
 from lora_lite.lab.training.presets import PRESETS
+from lora_lite.lab.training.progress import TrainConfig
 
 PROG = "lora-lite train"
 DESCRIPTION = """Fine-tune an adapter on a frozen language model, and measure it on held-out items before and after.

@@ -18,7 +18,7 @@ from lora_lite.lab.probe.checks import Batch, Configs, Probe
 from lora_lite.lab.tasks.catalogue import load_task
 from lora_lite.lab.training.config import RunConfig
 from lora_lite.lab.training.data import collate, encode
-from lora_lite.lab.training.loop import TrainConfig
+from lora_lite.lab.training.progress import TrainConfig
 from lora_lite.lab.training.run import calibration
 
 STEPS = 3  # the second is the first in which all of a LoRA can move

@@ -20,7 +20,8 @@ from lora_lite.lab.studies.workbench import Workbench, job_config, open_workbenc
 from lora_lite.lab.terminal import note
 from lora_lite.lab.training.checkpoints import fingerprint, last_checkpoint, read_progress
 from lora_lite.lab.training.evaluate import Evaluation
-from lora_lite.lab.training.loop import Progress, train
+from lora_lite.lab.training.loop import train
+from lora_lite.lab.training.progress import Progress
 from lora_lite.lab.training.run import calibration
 from lora_lite.lab.training.trackers import Trackers, require_trackers
 

@@ -14,11 +14,11 @@ import yaml
 
 import lora_lite as ll
 from lora_lite.config import DEFAULT_ROLES
-from lora_lite.lab.commands.shared_flags import TrustRemoteCode
 from lora_lite.lab.models.load import EMBEDDED, QUANTIZATIONS
+from lora_lite.lab.shared_flags import TrustRemoteCode
 from lora_lite.lab.studies.arms import ALL, Arm, parse_arms
 from lora_lite.lab.training.data import MAX_LENGTH
-from lora_lite.lab.training.loop import TrainConfig
+from lora_lite.lab.training.progress import TrainConfig
 from lora_lite.registry import method_of
 
 TUNING_SEED = 0

@@ -9,7 +9,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load as from_bytes
@@ -22,9 +22,7 @@ from lora_lite.files.atomic import sync_folder, write_atomically
 from lora_lite.lab.digests import file_digest
 from lora_lite.lab.terminal import note
 from lora_lite.lab.training.data import Encoded
-
-if TYPE_CHECKING:
-    from lora_lite.lab.training.loop import Progress, TrainConfig
+from lora_lite.lab.training.progress import Progress, TrainConfig
 
 ADAPTER, OPTIMIZER, PROGRESS = "adapter.safetensors", "optimizer.safetensors", "progress.json"
 

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_lite.files.atomic import expanded
-from lora_lite.lab.commands.shared_flags import TrustRemoteCode
 from lora_lite.lab.models.devices import DTYPES
 from lora_lite.lab.models.load import EMBEDDED
+from lora_lite.lab.shared_flags import TrustRemoteCode
 from lora_lite.lab.training.data import MAX_LENGTH
 
 CALIBRATION_BATCHES = 8

@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_lite.adapter import Adapter
 from lora_lite.lab.training.config import RunConfig
-from lora_lite.lab.training.loop import TrainConfig
+from lora_lite.lab.training.progress import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,9 @@ from lora_lite.lab.terminal import note
 from lora_lite.lab.training.config import CALIBRATION_BATCHES, RunConfig
 from lora_lite.lab.training.data import Encoded, collate, encode
 from lora_lite.lab.training.evaluate import Evaluation, evaluate
-from lora_lite.lab.training.loop import TrainConfig, train
+from lora_lite.lab.training.loop import train
 from lora_lite.lab.training.place import Place, RunError
+from lora_lite.lab.training.progress import TrainConfig
 from lora_lite.lab.training.result import Result, describe_data, earlier_result, summarize, write_result
 from lora_lite.lab.training.trackers import Trackers, require_trackers
 from lora_lite.registry import method_of

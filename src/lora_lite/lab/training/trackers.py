@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from lora_lite.errors import LoraLiteError
-from lora_lite.lab.training.loop import Progress
+from lora_lite.lab.training.progress import Progress
 
 PROJECT = "lora-lite"
 # Tracker -> packages that serve it, the one to install first.
