@@ -3,7 +3,8 @@
 import dataclasses
 import random
 
-from lora_lite.lab.findings.findings import Change, Cost, Finding, Findings, Interval, Item, Reply
+from lora_lite.lab.findings.findings import Change, Cost, Finding, Findings, Item, Reply
+from lora_lite.lab.numerals import Interval
 
 BASE_MACS = 134_000_000
 # arm -> accuracy, trained values, stored bytes, added MACs, time of a step

@@ -28,7 +28,8 @@ from lora_lite.lab.costs.measure import (
     take_turns,
     twin_tree,
 )
-from lora_lite.lab.findings.findings import Cost, Interval
+from lora_lite.lab.findings.findings import Cost
+from lora_lite.lab.numerals import Interval
 
 CPU = torch.device("cpu")
 SMALL = Workload(batch_size=2, tokens=8, rounds=3, calibration_batches=2)

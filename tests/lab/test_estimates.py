@@ -12,8 +12,8 @@ from scipy import stats
 
 from lora_lite.lab.findings import estimates
 from lora_lite.lab.findings.estimates import Errors, Table
-from lora_lite.lab.findings.findings import Interval
 from lora_lite.lab.findings.moderated import PRIOR_FREEDOM, draw_variances, log_density, moderated
+from lora_lite.lab.numerals import Interval
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import verdicts

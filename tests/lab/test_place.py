@@ -14,13 +14,14 @@ import test_train
 from lab_helpers import make_llama
 
 import lora_lite as ll
+from lora_lite.lab.errors import RunError
 from lora_lite.lab.models.devices import pick_device
 from lora_lite.lab.training import checkpoints
 from lora_lite.lab.training.checkpoints import CheckpointWriteError, last_checkpoint
 from lora_lite.lab.training.config import RunConfig
 from lora_lite.lab.training.locks import hold
 from lora_lite.lab.training.loop import train
-from lora_lite.lab.training.place import Place, RunError
+from lora_lite.lab.training.place import Place
 from lora_lite.lab.training.progress import TrainConfig
 
 

@@ -11,8 +11,9 @@ import pytest
 from matplotlib._pylab_helpers import Gcf
 from PIL import Image
 
-from lora_lite.lab.findings.findings import Findings, Interval
-from lora_lite.lab.report import numerals
+from lora_lite.lab import numerals
+from lora_lite.lab.findings.findings import Findings
+from lora_lite.lab.numerals import Interval
 from lora_lite.lab.report.page import bars, drawing, panels, plots, table
 from lora_lite.lab.report.page.front import points_of
 from lora_lite.lab.report.page.plots import Plots, plot

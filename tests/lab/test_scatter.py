@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from lora_lite.lab.findings.findings import Findings, Interval
+from lora_lite.lab.findings.findings import Findings
+from lora_lite.lab.numerals import Interval
 from lora_lite.lab.report.page import drawing, labels, scatter
 from lora_lite.lab.report.page.front import Point, front_of, pareto, points_of
 

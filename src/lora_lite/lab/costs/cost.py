@@ -27,7 +27,7 @@ from lora_lite.lab import terminal
 from lora_lite.lab.costs.macs import added_macs, base_macs
 from lora_lite.lab.costs.measure import Workload, measure_arm
 from lora_lite.lab.models.load import model_config
-from lora_lite.lab.report.numerals import size
+from lora_lite.lab.numerals import size
 from lora_lite.layers.linear import bias, shape
 from lora_lite.layers.targets import select
 from lora_lite.registry import method_of

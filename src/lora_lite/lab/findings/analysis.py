@@ -11,7 +11,8 @@ import lora_lite as ll
 from lora_lite.lab.findings import estimates
 from lora_lite.lab.findings.caveats import caveats, unscored
 from lora_lite.lab.findings.circumstances import machines, setup
-from lora_lite.lab.findings.findings import Change, Cost, Finding, Findings, Interval, Item, Reply
+from lora_lite.lab.findings.findings import Change, Cost, Finding, Findings, Item, Reply
+from lora_lite.lab.numerals import Interval
 from lora_lite.lab.studies.arms import BASE, Arm
 from lora_lite.lab.studies.bench import chosen_rates, read_plan
 from lora_lite.lab.studies.ledger import DONE, FAILED, Ledger, LedgerError, read_json, run_id

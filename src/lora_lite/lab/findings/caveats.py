@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lora_lite.lab.findings.findings import Finding
+from lora_lite.lab.numerals import percent
 from lora_lite.lab.provenance import where
-from lora_lite.lab.report.numerals import percent
 
 MANY = 0.1  # share of replies cut off from which it is said
 

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from lora_lite.lab.findings.findings import Interval
 from lora_lite.lab.findings.moderated import draw_variances
+from lora_lite.lab.numerals import Interval
 
 LEVEL = 0.95
 POWER = 0.8

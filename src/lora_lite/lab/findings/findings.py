@@ -4,20 +4,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from lora_lite.lab.numerals import Interval
 from lora_lite.printable import printable
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate with its 95% interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    def excludes(self, value: float) -> bool:
-        """Whether `value` lies outside."""
-        return not self.low <= value <= self.high
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import torch
 
-from lora_lite.lab.training.place import RunError
+from lora_lite.lab.errors import RunError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -6,9 +6,10 @@ from collections.abc import Callable, Container
 
 from rich.table import Table
 
+from lora_lite.lab import numerals
 from lora_lite.lab import terminal as terminals
-from lora_lite.lab.findings.findings import Change, Cost, Finding, Findings, Interval
-from lora_lite.lab.report import numerals
+from lora_lite.lab.findings.findings import Change, Cost, Finding, Findings
+from lora_lite.lab.numerals import Interval
 from lora_lite.lab.studies.arms import BASE
 from lora_lite.printable import one_line
 

@@ -7,13 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_lite.errors import LoraLiteError
+from lora_lite.lab.errors import RunError
 from lora_lite.lab.training.checkpoints import checkpoints_in
 from lora_lite.lab.training.locks import hold
-
-
-class RunError(LoraLiteError, RuntimeError):
-    """A run cannot start, or its saved adapter does not answer as the trained one did."""
 
 
 @dataclass(frozen=True)

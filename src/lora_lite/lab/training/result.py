@@ -11,12 +11,12 @@ import torch
 
 import lora_lite as ll
 from lora_lite.files.atomic import write_atomically
+from lora_lite.lab.errors import RunError
 from lora_lite.lab.provenance import provenance
 from lora_lite.lab.tasks.task import Example, Task, fingerprint
 from lora_lite.lab.training.config import RunConfig
 from lora_lite.lab.training.data import TokenReport
 from lora_lite.lab.training.evaluate import Evaluation, Record
-from lora_lite.lab.training.place import RunError
 from lora_lite.lab.training.progress import Progress, TrainConfig
 from lora_lite.registry import method_of
 from lora_lite.runtime.attach_cost import peak_memory_mb

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import lora_lite as ll
+from lora_lite.lab.errors import RunError
 from lora_lite.lab.models.devices import pick_device, pick_dtype
 from lora_lite.lab.models.load import load_model
 from lora_lite.lab.tasks.catalogue import load_task
@@ -25,7 +26,7 @@ from lora_lite.lab.training.config import CALIBRATION_BATCHES, RunConfig
 from lora_lite.lab.training.data import Encoded, collate, encode
 from lora_lite.lab.training.evaluate import Evaluation, evaluate
 from lora_lite.lab.training.loop import train
-from lora_lite.lab.training.place import Place, RunError
+from lora_lite.lab.training.place import Place
 from lora_lite.lab.training.progress import TrainConfig
 from lora_lite.lab.training.result import Result, describe_data, earlier_result, summarize, write_result
 from lora_lite.lab.training.trackers import Trackers, require_trackers

@@ -7,8 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from lora_lite.lab.findings.findings import Cost, Findings, Interval
-from lora_lite.lab.report.numerals import DASH, compact, ratio, seconds, size, tidy
+from lora_lite.lab.findings.findings import Cost, Findings
+from lora_lite.lab.numerals import DASH, Interval, compact, ratio, seconds, size, tidy
 from lora_lite.lab.report.page.drawing import INK, LINE, SMALL, TIE
 from lora_lite.lab.report.page.panels import LETTER, Sketch, shorten
 

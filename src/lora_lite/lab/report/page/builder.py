@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from lora_lite.files.atomic import expanded, write_atomically
 from lora_lite.lab.findings.findings import Findings, shown
-from lora_lite.lab.report.numerals import short
+from lora_lite.lab.numerals import short
 from lora_lite.lab.report.page import cells, sentences
 from lora_lite.lab.report.page.drawing import PALETTE
 from lora_lite.lab.report.page.plots import Plots, plot

@@ -5,10 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import median
 
-from lora_lite.lab.findings.findings import Cost, Finding, Findings, Interval
-from lora_lite.lab.report import numerals
-from lora_lite.lab.report.numerals import (
+from lora_lite.lab import numerals
+from lora_lite.lab.findings.findings import Cost, Finding, Findings
+from lora_lite.lab.numerals import (
     DASH,
+    Interval,
     compact,
     loss,
     p_value,

@@ -4,7 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lora_lite.lab.findings.findings import Findings, Interval
+from lora_lite.lab.findings.findings import Findings
+from lora_lite.lab.numerals import Interval
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from lora_lite.lab.findings.findings import Finding, Findings
-from lora_lite.lab.report.numerals import loss, rate, short
+from lora_lite.lab.numerals import loss, rate, short
 from lora_lite.lab.report.page import drawing
 from lora_lite.lab.report.page.drawing import BETTER, INK, MUTED, PAPER, SMALL, WORSE
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from matplotlib.figure import Figure
 
 from lora_lite.lab.findings.findings import Findings
-from lora_lite.lab.report.numerals import percent
+from lora_lite.lab.numerals import percent
 from lora_lite.lab.report.page import bars, drawing, panels
 from lora_lite.lab.report.page.front import Point, front_of, points_of
 from lora_lite.lab.report.page.scatter import NARROW, WIDE, base_fits, draw_scatter

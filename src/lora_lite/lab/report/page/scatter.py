@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from lora_lite.lab.findings.findings import Findings
-from lora_lite.lab.report.numerals import compact, percent, tidy
+from lora_lite.lab.numerals import compact, percent, tidy
 from lora_lite.lab.report.page import drawing, labels
 from lora_lite.lab.report.page.drawing import BETTER, INK, MUTED, PAPER, TIE, WORSE
 from lora_lite.lab.report.page.front import Point, front_of, overlap

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lora_lite.lab.findings.findings import Cost, Finding, Findings, Interval
-from lora_lite.lab.report.numerals import loss, percent, ratio, seconds, size
+from lora_lite.lab.findings.findings import Cost, Finding, Findings
+from lora_lite.lab.numerals import Interval, loss, percent, ratio, seconds, size
 from lora_lite.lab.report.page import cells
 from lora_lite.lab.report.page.cells import Cell
 

@@ -3,8 +3,21 @@
 import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from lora_lite.lab.findings.findings import Interval
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its 95% interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def excludes(self, value: float) -> bool:
+        """Whether `value` lies outside."""
+        return not self.low <= value <= self.high
+
 
 DASH = "—"  # stands for a missing value
 COUNTS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
