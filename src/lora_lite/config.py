@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from lora_lite.layers.patterns import compile_pattern, is_plain
+from lora_lite.patterns import compile_pattern, is_plain
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROLES = ("reader", "writer", "inner")

@@ -19,10 +19,8 @@ from lora_lite.calibration.contrast import Contrast
 from lora_lite.calibration.processes import add_up
 from lora_lite.calibration.statistics import STATISTICS, SUMS, Statistics, Sums
 from lora_lite.errors import CalibrationError, LoraLiteWarning
-from lora_lite.frozen_basis.basis import KINDS, Basis
 from lora_lite.layers.linear import bias, shape
 from lora_lite.linalg import factorising
-from lora_lite.registry import methods
 
 MASKS = ("attention_mask", "decoder_attention_mask")
 
@@ -162,8 +160,6 @@ def calibrate(
             size, or a layer that no batch reached.
     """
     if not layers:
-        if data is not None:
-            warnings.warn(_unused(), LoraLiteWarning, stacklevel=3)
         return {}, (0, 0)
     wanted = sorted(frozenset().union(*(needs[path] for path in layers)))
     if data is None:
@@ -217,15 +213,6 @@ def _seeing(collector: Collector, path: str) -> Any:
         collector.see(path, tensors[0], y)
 
     return hook
-
-
-def _unused() -> str:
-    needy = [name for name, cls in methods().items() if cls.needs(cls.Config())]
-    bases = [kind for kind in KINDS if Basis(kind).needs]
-    return (
-        f"calibration_data was given, but nothing here uses it; methods that do: {', '.join(needy)}; S-space methods "
-        f"do with basis= one of {', '.join(bases)}"
-    )
 
 
 def _check_sides(several: Iterable[Sums]) -> None:

@@ -17,7 +17,7 @@ from lora_lite.config import AdapterConfig, is_int
 from lora_lite.errors import CheckpointError
 from lora_lite.files.base_check import SAMPLES, SKETCH_ROWS, Samples
 from lora_lite.frozen_basis.rebuild import PROBES
-from lora_lite.layers.patterns import LONGEST, is_plain
+from lora_lite.patterns import LONGEST, is_plain
 from lora_lite.registry import method_of, methods
 
 FORMAT = 2

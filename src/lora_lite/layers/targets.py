@@ -10,9 +10,9 @@ from torch import nn
 from lora_lite.config import DEFAULT_EXCLUDE, AdapterConfig, Default
 from lora_lite.errors import TargetError
 from lora_lite.layers.linear import is_linear, is_read_uncalled, shape, unknown_kinds
-from lora_lite.layers.patterns import matches, near_misses, spells
 from lora_lite.layers.streams import D_MODEL_FIELDS, Streams, d_model_of
 from lora_lite.layers.streams import role as role_of
+from lora_lite.patterns import matches, near_misses, spells
 
 __all__ = [
     "Candidate",

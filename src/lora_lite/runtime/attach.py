@@ -15,11 +15,12 @@ from lora_lite.calibration.processes import broadcast, meet
 from lora_lite.calibration.statistics import Statistics, generator
 from lora_lite.config import AdapterConfig
 from lora_lite.errors import CalibrationError, LoraLiteWarning, TargetError
+from lora_lite.frozen_basis.basis import KINDS, Basis
 from lora_lite.layers.linear import execution_device, shape
 from lora_lite.layers.packing import allow_packing, forbid_packing, packing_forbidden
 from lora_lite.layers.targets import Selection, left_out, left_out_words, selection, uncovered
 from lora_lite.linalg import factorising
-from lora_lite.registry import method_of
+from lora_lite.registry import method_of, methods
 from lora_lite.runtime.attach_cost import AttachCost, peak_memory_mb
 from lora_lite.runtime.attachment import Attachment, attachment, is_adapters_key
 from lora_lite.runtime.buffers import moved_buffers, moving_buffers, same_bits
@@ -83,6 +84,8 @@ def _attach(
             if method_of(configs[index]).reads_weight:
                 ask_layer(path, layer)
         needy = {path: layers[path] for path, need in needs.items() if need}
+        if calibration_data is not None and not needy:
+            warnings.warn(_unused(), LoraLiteWarning, stacklevel=3)
         stats, (cost.tokens, cost.statistics_bytes) = calibrate(model, needy, needs, calibration_data)
     with cost("factorisation"):
         planned = _plan(configs, targets, stats)
@@ -104,6 +107,15 @@ def _attach(
     attached.matched = {pattern: count for each in selections for pattern, count in each.matched.items()}
     attached.left_out = list(left_out(selections))
     return attachment(model, name)
+
+
+def _unused() -> str:
+    needy = [name for name, cls in methods().items() if cls.needs(cls.Config())]
+    bases = [kind for kind in KINDS if Basis(kind).needs]
+    return (
+        f"calibration_data was given, but nothing here uses it; methods that do: {', '.join(needy)}; S-space methods "
+        f"do with basis= one of {', '.join(bases)}"
+    )
 
 
 def _warn_uncovered(missing: dict[str, int]) -> None:

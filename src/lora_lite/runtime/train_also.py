@@ -12,7 +12,7 @@ from torch import nn
 
 from lora_lite.errors import StateError, TargetError
 from lora_lite.layers.linear import is_sharded
-from lora_lite.layers.patterns import matches, near_misses
+from lora_lite.patterns import matches, near_misses
 from lora_lite.runtime.attachment import is_adapters_key
 from lora_lite.runtime.state import State, find_root, trained_also
 
