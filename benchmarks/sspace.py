@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import Timing, machine, take_turns, write
 from torch import Tensor, nn
 
 import lora_lite as ll
 from lora_lite.calibration.collector import calibrate
 from lora_lite.frozen_basis.basis import Basis
 from lora_lite.lab.costs.macs import added_macs
+from timing import Timing, machine, take_turns, write
 
 R, I, O, TOKENS = 256, 3584, 1024, 1024  # tokens of a step, and of a calibration
 PUBLISHED_CORDA = 120 / 2.5  # its orientation against its plain SVD, 24 layers, as published

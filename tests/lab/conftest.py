@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
-from lab_helpers import make_llama, make_tokenizer, save_tiny
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from lab_helpers import make_llama, make_tokenizer, save_tiny
 
 
 @pytest.fixture

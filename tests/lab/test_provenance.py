@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from lab_helpers import make_llama
 from torch import Tensor
 
+from lab_helpers import make_llama
 from lora_lite.lab import provenance
 
 

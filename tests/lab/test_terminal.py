@@ -3,10 +3,10 @@
 import dataclasses
 import io
 
-import page_studies
 import pytest
 from rich.console import Console
 
+import page_studies
 from lora_lite import cli
 from lora_lite.lab.commands.commands import slug
 from lora_lite.lab.findings.findings import shown
