@@ -14,6 +14,7 @@ from lora_lite.errors import LoraLiteError
 from lora_lite.lab.data import Encoded, answer_budget, answer_loss, collate, left_pad, prompt_ids, require_positions
 from lora_lite.lab.scoring import RIGHT
 from lora_lite.lab.tasks import Example, Task
+from lora_lite.printable import one_line
 from lora_lite.tokens import decode
 
 # Generation of one token reads every weight once whatever the number of rows: on 2 CPU cores 64 rows gave 3.5 times the
@@ -104,7 +105,8 @@ def evaluate(
     budget = answer_budget(task, tokenizer) if max_new_tokens is None else max_new_tokens
     start = time.perf_counter()
     prompts = [prompt_ids(tokenizer, example) for example in examples]
-    completions = generate(model, tokenizer, prompts, budget, batch_size, f"evaluate {task.name}" if progress else None)
+    title = one_line(f"evaluate {task.name}") if progress else None
+    completions = generate(model, tokenizer, prompts, budget, batch_size, title)
     records = []
     for example, (text, count) in zip(examples, completions, strict=True):
         records.append(record_of(task, example, text, count >= budget))
