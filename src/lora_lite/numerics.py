@@ -61,7 +61,7 @@ def add_lowrank(y: Float[Tensor, "*b o"], h: Float[Tensor, "*b r"], B: Float[Ten
     """
     if _in_half(y):
         with torch.no_grad():
-            unit = _power_of_two(wide(B).abs().amax(dim=0)).clamp(min=SMALLEST_UNIT)
+            unit = _power_of_two(wide(B).abs().amax(dim=0).clamp(min=SMALLEST_UNIT))  # a column of zeros has it too
         h, B = wide(h) * unit, wide(B) / unit
     out = torch.addmm(y.reshape(-1, y.shape[-1]), cast(h, y).reshape(-1, h.shape[-1]), cast(B, y).T)
     return cast(out, y).reshape(y.shape)

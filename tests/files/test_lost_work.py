@@ -259,3 +259,17 @@ def test_a_file_that_load_would_refuse_is_not_written(tmp_path: Path, monkeypatc
     with pytest.raises(ll.CheckpointError, match="was not written, for `load` would refuse it"):
         ll.save(model, file)
     assert file.read_bytes() == content
+
+
+def test_running_averages_that_the_dtype_cannot_hold_are_refused(tmp_path: Path) -> None:
+    def fresh() -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8))
+
+    model = fresh()
+    ll.attach(model, ll.LoRAConfig(r=2, target_roles=()))
+    model[1].running_var.fill_(1e6)  # type: ignore[index, union-attr, operator]
+    ll.save(model, tmp_path / "a.safetensors")
+    with pytest.raises(ll.CheckpointError, match=r"1\.running_var has values up to 1e\+06"):
+        ll.load(fresh().half(), tmp_path / "a.safetensors")

@@ -88,3 +88,19 @@ def test_load_state_dict_rebuilds_what_is_derived(side: str) -> None:
     assert relative(one(x), other(x)) > 1e-3
     one.load_state_dict(other.state_dict())
     assert relative(one(x), other(x)) <= 1e-7
+
+
+class _Sequences(nn.Linear):
+    """Takes (B, T, i) alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.ndim != 3:
+            raise RuntimeError("three dimensions")
+        return super().forward(x)
+
+
+def test_a_layer_that_takes_no_single_row_is_not_asked() -> None:
+    model, x = nn.Sequential(_Sequences(8, 8)), torch.randn(2, 3, 8)
+    base = model(x)
+    ll.attach(model, ll.DoRAConfig(r=2, target_roles=()))
+    assert torch.equal(model(x), base)

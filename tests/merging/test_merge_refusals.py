@@ -278,3 +278,12 @@ def test_a_copy_of_a_merged_model_unmerges_by_itself() -> None:
     assert same_bits(merged, model)
     ll.unmerge(model)
     assert same_bits(before, model)
+
+
+def test_a_weight_that_a_hook_computes_is_refused() -> None:
+    """torch.nn.utils.weight_norm: the weight is no parameter, and each forward writes it anew."""
+    model = OneLayer(8, 8)
+    torch.nn.utils.weight_norm(model.layer)
+    attached(model, "lora")
+    with pytest.raises(ll.TargetError, match="its weight is computed"):
+        ll.merge(model)

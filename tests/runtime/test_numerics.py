@@ -263,3 +263,17 @@ def test_changes_of_a_stack_add_up_in_any_order_in_bf16(tmp_path: Any) -> None:
             ll.load(fresh, tmp_path / name, name=name)
         outputs.append(fresh(x).float())
     assert float((outputs[0] - outputs[1]).detach().abs().max()) <= 3 * 2**-8 * float(outputs[0].detach().abs().max())
+
+
+@pytest.mark.parametrize("method", ["lora", "eva", "pissa", "delora", "dora"])
+def test_factors_of_zero_hold_coordinates_beyond_fp16(method: str) -> None:
+    """At the start B is 0, or cancels: h times its scale beyond 65504 is then nothing, not NaN."""
+    model = OneLayer(16, 256, bias=False, dtype=torch.float16)
+    model.layer.weight.data.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    x = torch.full((2, 16), 3e4, dtype=torch.float16)
+    base = model(x)
+    assert base.isfinite().all()
+    cfg = tiny(method).replace(**({} if method == "delora" else {"alpha": 64.0}))
+    data = [torch.randn(16, 16, generator=torch.Generator().manual_seed(0)).half()]
+    ll.attach(model, cfg, data if method == "eva" else None)
+    assert torch.allclose(model(x), base, atol=64.0)

@@ -249,3 +249,17 @@ def test_a_recurrent_network_cannot_be_disabled() -> None:
     ll.attach(model, tiny("lora"), train_also=(r"^1\.",))
     with pytest.raises(ll.StateError, match="reads its weights past their names"):
         ll.disabled(model)
+
+
+@pytest.mark.parametrize("pattern", ["lm_head", "embed_tokens"])
+def test_a_tied_head_that_was_trained_far_loads_onto_its_own_base(pattern: str, tmp_path: Path) -> None:
+    """Under whichever of its two names it was trained, the file holds it: it is no sample of the base."""
+    model = llama(**TIED)
+    att = ll.attach(model, tiny("lora"), train_also=(pattern,))
+    with torch.no_grad():
+        for parameter in att.also.values():
+            parameter.normal_()
+    ll.save(model, tmp_path / "a.safetensors")
+    fresh = llama(**TIED)
+    ll.load(fresh, tmp_path / "a.safetensors")
+    assert torch.equal(fresh(IDS).logits, model(IDS).logits)

@@ -45,11 +45,14 @@ def samples(root: nn.Module, targets: Iterable[str], also: Iterable[str]) -> Sam
     """
     found = find_root(root)
     originals = {key: t for each in (found[1].adapters.values() if found else ()) for key, t in each.originals.items()}
-    sketched = {f"{path}.weight" for path in targets} | set(also)
+    named = dict(root.named_parameters(remove_duplicate=False))
+    sketched = {f"{path}.weight" for path in targets}
+    held = {id(named[key]) for key in also if key in named}  # a tied parameter has another name below
     values: Samples = {}
     for key, parameter in root.named_parameters():
         plain = type(parameter.data) is Tensor and parameter.is_floating_point() and parameter.dtype.itemsize > 1
-        if key in sketched or not plain or parameter.is_meta or is_sharded(parameter) or is_adapters_key(key, root):
+        known = key in sketched or id(parameter) in held or is_adapters_key(key, root)
+        if known or not plain or parameter.is_meta or is_sharded(parameter):
             continue
         flat = originals.get(key, parameter.detach()).reshape(-1)
         if flat.numel():

@@ -208,8 +208,11 @@ def _find_buffers(root: nn.Module, file: File) -> dict[str, Tensor]:
     for key in file.buffers:
         value = file.tensors[f"buffer.{key}"]
         if key not in there or there[key].shape != value.shape:
+            raise file.error(f"holds {key} {tuple(value.shape)}, which the model has not; it fits another architecture")
+        if not torch.isfinite(value.to(there[key].dtype)).all():
             raise file.error(
-                f"holds {key} {tuple(value.shape)}, which this model has not; it fits another architecture"
+                f"{key} has values up to {float(value.abs().max()):.3g}, beyond what the model's {there[key].dtype} "
+                "holds; load the model in a wider dtype"
             )
         if key in moved and not same_bits(moved[key], value.to(moved[key].dtype)):
             raise StateError(

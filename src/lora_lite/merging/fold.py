@@ -104,7 +104,8 @@ def adapted_layers(root: nn.Module, state: State, names: list[str]) -> dict[str,
 
 def _refuse_unmergeable(layers: dict[str, nn.Module]) -> None:
     for path, layer in layers.items():
-        if "parametrizations" in layer._modules:
+        old = "weight" not in layer._parameters and not is_quantized(layer)  # torch.nn.utils.weight_norm
+        if old or "parametrizations" in layer._modules:
             raise TargetError(f"{path}: its weight is computed (parametrized); remove the parametrization first")
         for tensor in (layer.weight, bias(layer)):
             if tensor is not None and is_sharded(tensor):  # type: ignore[arg-type]

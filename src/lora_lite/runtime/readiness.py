@@ -8,7 +8,7 @@ from torch import nn
 
 from lora_lite.adapter import Adapter, adapters_on
 from lora_lite.calibration.statistics import generator
-from lora_lite.errors import StateError, TargetError
+from lora_lite.errors import LoraLiteError, StateError, TargetError
 from lora_lite.layers.linear import computes_its_weight, dense, execution_device, is_read_uncalled, is_sharded, shape
 from lora_lite.runtime.state import find_root, refuse_merged, trained_also
 
@@ -82,7 +82,13 @@ def ask_layer(path: str, layer: nn.Module) -> None:
         return  # its own forward is wrapped, or its weight is elsewhere
     dtype = weight.dtype if weight.dtype.is_floating_point and weight.dtype.itemsize > 1 else torch.float32
     x = torch.randn(1, shape(layer)[0], generator=generator(0, path), dtype=torch.float32, device="cpu")
-    if not computes_its_weight(layer, x.to(device, dtype)):
+    try:
+        computes = computes_its_weight(layer, x.to(device, dtype))
+    except LoraLiteError:
+        raise
+    except Exception:  # it takes other inputs than one row, or its kernel is not for this device
+        return
+    if not computes:
         if not torch.isfinite(dense(layer, torch.promote_types(dtype, torch.float32))).all():  # 8 bits have no isfinite
             raise TargetError(f"{path}: its weight holds NaN or infinite values, so no method that reads it can start")
         raise TargetError(

@@ -22,6 +22,7 @@ from lora_lite.lab.training.data import (
     prompt_ids,
     require_positions,
 )
+from lora_lite.printable import one_line
 from lora_lite.tokens import decode
 
 # Generation of one token reads every weight once whatever the number of rows: on 2 CPU cores 64 rows gave 3.5 times the
@@ -112,7 +113,8 @@ def evaluate(
     budget = answer_budget(task, tokenizer) if max_new_tokens is None else max_new_tokens
     start = time.perf_counter()
     prompts = [prompt_ids(tokenizer, example) for example in examples]
-    completions = generate(model, tokenizer, prompts, budget, batch_size, f"evaluate {task.name}" if progress else None)
+    title = one_line(f"evaluate {task.name}") if progress else None
+    completions = generate(model, tokenizer, prompts, budget, batch_size, title)
     records = []
     for example, (text, count) in zip(examples, completions, strict=True):
         records.append(record_of(task, example, text, count >= budget))
