@@ -61,6 +61,9 @@ class Adapter(nn.Module):
     merged: bool = False
     """Whether it is folded into the layer's weights, and so does not act."""
 
+    stale: bool = False
+    """Whether stored tensors were replaced (`load_state_dict`) since the derived ones were made."""
+
     reads_weight: ClassVar[bool] = True
     """Whether it computes with W itself; then `attach` asks whether the layer computes W x + b."""
 
@@ -129,6 +132,8 @@ class Adapter(nn.Module):
         The layer's hooks call the module, so that its own hooks (of offloading, of sharding) fire; all use of its
         tensors therefore lies within this call.
         """
+        if self.stale and not torch.compiler.is_compiling() and not held.layer.weight.is_meta:
+            derive(self, held.layer)
         if y is None or out is None:
             assert self.before is not None
             return self._verified("before", self.before(x, held.layer, c), x)
@@ -167,6 +172,10 @@ class Adapter(nn.Module):
             f"but returned {given}; fix {type(self).__name__}.{what}"
         )
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.stale = True
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Adapter":
         """Follow the model's device, not its dtype: 16-bit steps near 1 are too wide for an adapter to learn."""
         return super()._apply(functools.partial(_device_only, fn), recurse)
@@ -180,6 +189,7 @@ def derive(adapter: Adapter, layer: nn.Module) -> None:
     """Rebuild an adapter's derived tensors, whatever autocast is in force."""
     with full_precision(layer.weight.device):  # type: ignore[union-attr, arg-type]
         adapter.derive(layer)
+    adapter.stale = False
 
 
 def _described(value: Any) -> str:

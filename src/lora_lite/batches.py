@@ -27,15 +27,16 @@ def run(model: nn.Module, batch: Any) -> Any:
 def batch_shape(tensors: list[Tensor]) -> tuple[int | None, frozenset[int]]:
     """(rows, sequence lengths) of a call, from the tensors that it was given: rows are those of the first.
 
-    A length is left out where the rows of another tensor (an image's patches) could be taken for the batch flattened.
+    There are no lengths where another tensor has rows of its own (an image's patches, which a model may merge): of a
+    layer's flattened input nothing would tell which they are.
     """
     batched = [tensor for tensor in tensors if tensor.ndim >= 2]
     if not batched:
         return None, frozenset()
     rows = batched[0].shape[0]
     others = {tensor.shape[0] for tensor in batched} - {rows}
-    lengths = {tensor.shape[1] for tensor in batched if tensor.shape[0] == rows}
-    return rows, frozenset(length for length in lengths if rows * length not in others)
+    lengths = {tensor.shape[1] for tensor in batched if tensor.shape[0] == rows} if others <= {1} else ()
+    return rows, frozenset(lengths)
 
 
 def tensors_in(value: Any, found: list[Tensor] | None = None) -> list[Tensor]:

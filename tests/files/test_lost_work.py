@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,44 @@ def test_a_backbone_serves_under_another_head(tmp_path: Path) -> None:
     assert ll.load(other, file).targets
 
 
+def test_new_rows_of_an_embedding_are_another_base(tmp_path: Path) -> None:
+    def resized(seed: int) -> Any:
+        model: Any = tiny_llama()
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(70, mean_resizing=False)
+        return model
+
+    model = resized(1)
+    attached(model, "lora", [IDS], target_names=("q_proj",))
+    file = ll.save(model, tmp_path / "a.safetensors")
+    assert ll.load(resized(1), file).targets
+    with pytest.raises(ll.BaseMismatchError, match="embed_tokens"):
+        ll.load(resized(2), file)
+
+
+@pytest.mark.parametrize("path", ["model.norm", "model.layers.0.self_attn.q_proj"])
+def test_what_was_trained_and_frozen_again_is_not_left_out_in_silence(path: str, tmp_path: Path) -> None:
+    model = tiny_llama()
+    attached(model, "lora", [IDS])
+    weight = model.get_submodule(path).weight
+    weight.requires_grad_(True)
+    with torch.no_grad():
+        weight.mul_(1.01)
+    weight.requires_grad_(False)
+    with pytest.raises(ll.StateError, match=f"{path}.weight has changed since attach"):
+        ll.save(model, tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_cast_changes_no_parameter(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = tiny_llama()
+    attached(model, "lora", [IDS])
+    model.to(dtype)
+    ll.save(model, tmp_path / "a.safetensors")
+    model.float()
+    ll.save(model, tmp_path / "a.safetensors")
+
+
 # Running averages, which a training pass moves.
 
 
@@ -230,7 +269,7 @@ def test_running_averages_fit_the_model(tmp_path: Path) -> None:
     file = ll.save(trained(), tmp_path / "a.safetensors")
     model: Any = Normed()
     model.bn = nn.LayerNorm(8)
-    with pytest.raises(ll.CheckpointError, match=r"holds bn\.running_mean \(8,\), which this model has not"):
+    with pytest.raises(ll.CheckpointError, match=r"holds bn\.running_mean \(8,\), which the model has not"):
         ll.load(model, file, base="any")
 
 
@@ -273,3 +312,40 @@ def test_running_averages_that_the_dtype_cannot_hold_are_refused(tmp_path: Path)
     ll.save(model, tmp_path / "a.safetensors")
     with pytest.raises(ll.CheckpointError, match=r"1\.running_var has values up to 1e\+06"):
         ll.load(fresh().half(), tmp_path / "a.safetensors")
+
+
+# Layers whose weight a training pass reads without calling them.
+
+
+class Fused(nn.Module):
+    """With labels, the loss reads the head's weight, as fused losses do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 8), nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        h = self.body(x).relu()
+        if labels is None:
+            return self.head(h)
+        return nn.functional.cross_entropy(h @ self.head.weight.T, labels)
+
+
+def test_an_adapter_that_training_skips_is_reported() -> None:
+    model, labels = Fused(), torch.zeros(10, dtype=torch.long)
+    ll.attach(model, tiny("lora", target_names=("body", "head")))
+    ll.check(model, [X])
+    model.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            model(X, labels).backward()
+        model(X).sum().backward()  # and then it does run
+        for _ in range(3):
+            model(X, labels).backward()
+    with pytest.warns(ll.LoraLiteWarning, match="1 adapters did not run in the last 4 training passes, .* on head"):
+        model(X, labels).backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(X, labels).backward()
+        model.eval()(X)

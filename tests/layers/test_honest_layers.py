@@ -76,8 +76,9 @@ def test_a_compiled_model_is_refused() -> None:
         ll.attach(torch.compile(model), tiny("lora"))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("part", ["", "layer", "layer.lora", "layer.lora.default"])
 @pytest.mark.parametrize("side", ["input", "output"])
-def test_load_state_dict_rebuilds_what_is_derived(side: str) -> None:
+def test_load_state_dict_rebuilds_what_is_derived(side: str, part: str) -> None:
     x, runs = torch.randn(60, 24, dtype=torch.float64), []
     for size in (1.0, 3.0):
         model = OneLayer(24, 16)
@@ -86,7 +87,7 @@ def test_load_state_dict_rebuilds_what_is_derived(side: str) -> None:
         runs.append(model)
     one, other = runs
     assert relative(one(x), other(x)) > 1e-3
-    one.load_state_dict(other.state_dict())
+    one.get_submodule(part).load_state_dict(other.get_submodule(part).state_dict())
     assert relative(one(x), other(x)) <= 1e-7
 
 
@@ -104,3 +105,16 @@ def test_a_layer_that_takes_no_single_row_is_not_asked() -> None:
     base = model(x)
     ll.attach(model, ll.DoRAConfig(r=2, target_roles=()))
     assert torch.equal(model(x), base)
+
+
+@pytest.mark.parametrize("key", ["weight", "bias"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_layer_that_is_not_finite(method: str, key: str) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 8))
+    with torch.no_grad():
+        model[1].get_parameter(key).view(-1)[3] = float("nan")
+    data = ll.Contrast([torch.randn(9, 16)], [torch.randn(9, 16)]) if method == "sspace" else [torch.randn(40, 16)]
+    needs = ll.methods()[method].needs(tiny(method))
+    with pytest.raises(ll.TargetError, match=f"^1: its {key} holds NaN or infinite values"):
+        ll.attach(model, tiny(method), data if needs else None)
+    assert not hasattr(model[0], "lora")

@@ -174,7 +174,7 @@ def test_ablation_learns_to_find_a_direction() -> None:
     rng = torch.Generator().manual_seed(0)
     wanted = torch.randn(64, generator=rng)
     wanted = wanted / wanted.norm()
-    optimizer = torch.optim.AdamW(ll.param_groups(model, lr=type(adapter).lr))
+    optimizer = torch.optim.AdamW(ll.param_groups(model, lr=adapter.facts.lr))
     for _ in range(24):
         x = torch.randn(256, 64, generator=rng)
         with ll.disabled(model):

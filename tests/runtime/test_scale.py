@@ -276,3 +276,21 @@ def test_torchs_encoder_with_a_padding_mask(method: str) -> None:
     torch.testing.assert_close(nested[keep], padded[keep], atol=2e-6, rtol=1e-5)
     torch.testing.assert_close(nested[0], base[0], atol=2e-6, rtol=1e-5)
     assert relative(nested[1][keep[1]], base[1][keep[1]]) > 1e-3
+
+
+class Merging(nn.Module):
+    """Patches of two images of 28 and 4, four merged to one, so that 8 rows come as for a batch of 2 with 4 tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower = nn.Linear(8, 8)
+
+    def forward(self, pixels: Tensor, input_ids: Tensor) -> Tensor:
+        return self.tower(pixels.view(8, 4, 8).mean(1))
+
+
+def test_merged_patches_are_no_flattened_batch() -> None:
+    model = Merging()
+    attached(model, "lora", target_names=("tower",))
+    with ll.scale(model, torch.tensor([0.0, 1.0])), pytest.raises(ll.CoefficientError, match="whose rows cannot be"):
+        model(pixels=torch.randn(32, 8), input_ids=torch.ones(2, 4, dtype=torch.long))

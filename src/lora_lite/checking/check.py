@@ -1,6 +1,5 @@
 """Does every adapter have an effect, and does it get a true gradient? Found by running, not assumed."""
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,11 +16,11 @@ from lora_lite.checking.effect import turn, untouched, without_effect
 from lora_lite.checking.gradients import loss_of, measure
 from lora_lite.checking.layers import cut_layers
 from lora_lite.checking.report import CheckReport, Layer, cut_words
-from lora_lite.errors import CheckError
+from lora_lite.errors import CheckError, StateError
+from lora_lite.runtime.skipped import EXPERT
 from lora_lite.runtime.state import adapters_of, refuse_merged, root_of, trained_also
 
 PERTURBATION = 1e-2
-EXPERT = re.compile(r"(^|\.)experts\.\d+(\.|$)")  # which tokens reach an expert is not ours to say
 TRAIN_PASSES = 4  # at most, for models that skip layers at random in training (layer drop)
 
 
@@ -55,6 +54,11 @@ def check(model: nn.Module, batches: Iterable[Any]) -> CheckReport:
     batches = list(batches)
     if not batches:
         raise ValueError("check: give at least one batch")
+    if offloaded := [key for key, p in root.named_parameters() if p.is_meta and p.requires_grad]:
+        raise StateError(
+            f"check: {offloaded[0]} is offloaded (on the meta device), where nothing can be trained; check before "
+            "offloading"
+        )
     adapters = {name: adapters_of(root, name) for name in state.adapters}
     report = CheckReport({name: {path: Layer() for path in layers} for name, layers in adapters.items()}, [])
     own = [p for layers in adapters.values() for adapter in layers.values() for p in adapter.parameters()]

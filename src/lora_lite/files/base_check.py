@@ -12,19 +12,17 @@ from torch import Tensor, nn
 
 from lora_lite.calibration.statistics import generator
 from lora_lite.errors import BaseMismatchError
-from lora_lite.layers.linear import dense, is_sharded, shape
+from lora_lite.layers.linear import dense, shape
 from lora_lite.numerics import full_precision
-from lora_lite.runtime.attachment import is_adapters_key
-from lora_lite.runtime.state import find_root
+from lora_lite.runtime.base_values import Samples, base_samples
 
-Samples = dict[str, tuple[Tensor, tuple[int, ...]]]
 SKETCH_ROWS = 64
-SAMPLES = 32
 # On SmolLM2, worst of 210 layers: bf16 1.000, int8 1.000, nf4 0.990, fp4 0.981, changed by 10% 0.990, by 30% 0.916;
 # weights of other models at most 0.45 (docs/LOG.md).
 SKETCH_COSINE = 0.8
-# ||s - s'|| / max(||s||, ||s'||) of a parameter's samples: sqrt(2) for independent ones, 1 where one of them is zero.
+# ||s - s'|| / max(||s||, ||s'||) of neighbouring samples: sqrt(2) for independent ones, 1 where one of them is zero.
 SAMPLE_DISTANCE = 0.8
+NEIGHBOURS = 4  # compared together, so that new rows at the end of an embedding are not lost among the others
 
 
 def sketch(layer: nn.Module, path: str) -> Tensor:
@@ -36,29 +34,16 @@ def sketch(layer: nn.Module, path: str) -> Tensor:
         return dense(layer)[rows.to(layer.weight.device)].to("cpu", torch.float32) @ z  # type: ignore[union-attr, arg-type]
 
 
-@torch.no_grad()
 def samples(root: nn.Module, targets: Iterable[str], also: Iterable[str]) -> Samples:
-    """Up to 32 evenly spaced values (fp32) of each parameter of the base, and its shape, by name.
+    """Of the base's samples, as they were when the first adapter was attached, those that a file remembers.
 
-    Left out: the weights of `targets`, which have sketches; those named in `also`, whose values the file holds;
-    quantised, sharded and offloaded ones. Those that another adapter trains (`train_also`) are as they were before.
+    The weights of `targets` have sketches, and the file holds the values of those named in `also`.
     """
-    found = find_root(root)
-    originals = {key: t for each in (found[1].adapters.values() if found else ()) for key, t in each.originals.items()}
     named = dict(root.named_parameters(remove_duplicate=False))
     sketched = {f"{path}.weight" for path in targets}
     held = {id(named[key]) for key in also if key in named}  # a tied parameter has another name below
-    values: Samples = {}
-    for key, parameter in root.named_parameters():
-        plain = type(parameter.data) is Tensor and parameter.is_floating_point() and parameter.dtype.itemsize > 1
-        known = key in sketched or id(parameter) in held or is_adapters_key(key, root)
-        if known or not plain or parameter.is_meta or is_sharded(parameter):
-            continue
-        flat = originals.get(key, parameter.detach()).reshape(-1)
-        if flat.numel():
-            at = torch.linspace(0, flat.numel() - 1, min(flat.numel(), SAMPLES), dtype=torch.float64).round().long()
-            values[key] = flat[at.to(flat.device)].to("cpu", torch.float32), tuple(parameter.shape)
-    return values
+    taken = base_samples(root)
+    return {key: each for key, each in taken.items() if key not in sketched and id(named.get(key)) not in held}
 
 
 def refuse_another_base(
@@ -99,5 +84,8 @@ def refuse_another_base(
 
 
 def _distance(one: Tensor, other: Tensor) -> float:
-    size = max(float(one.norm()), float(other.norm()))
-    return float((one - other).norm()) / size if size else 0.0
+    """The largest distance of neighbouring samples, relative to their size or to that of all samples, if larger."""
+    typical = max(float(one.norm()), float(other.norm())) * (NEIGHBOURS / max(len(one), NEIGHBOURS)) ** 0.5
+    parts = zip(one.split(NEIGHBOURS), other.split(NEIGHBOURS), strict=True)
+    sizes = [(float((a - b).norm()), max(float(a.norm()), float(b.norm()), typical / 2)) for a, b in parts]
+    return max((away / size for away, size in sizes if size), default=0.0)

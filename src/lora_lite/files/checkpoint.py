@@ -22,7 +22,7 @@ from lora_lite.layers.linear import dense, execution_device, is_linear, shape
 from lora_lite.registry import method_of
 from lora_lite.runtime.attach import commit
 from lora_lite.runtime.attachment import Attachment, attachment, is_adapters_key
-from lora_lite.runtime.buffers import moved_buffers, moving_buffers, same_bits
+from lora_lite.runtime.base_values import moved_buffers, moved_parameters, moving_buffers, same_bits
 from lora_lite.runtime.readiness import check_layer, refuse_unready, taken_parameters
 from lora_lite.runtime.state import State, adapters_of, find_root, refuse_merged, root_of, trained_also
 from lora_lite.runtime.train_also import find_train_also
@@ -75,6 +75,12 @@ def _refuse_lost(root: nn.Module, state: State) -> None:
     """Refuse to save while the base trains something that no adapter's file would hold."""
     held = {id(p) for each in state.adapters for p in trained_also(root, each).values()}
     wanting = {key: p for key, p in root.named_parameters() if p.requires_grad and id(p) not in held}
+    moved = [key for key in moved_parameters(root, state) if id(root.get_parameter(key)) not in held]
+    if moved:
+        raise StateError(
+            f"save: {moved[0]} has changed since attach, but belongs to no adapter, so that no file would hold its new "
+            f"values (of {len(moved)} such parameters). Name it in attach(train_also=...), or put its old values back"
+        )
     if lost := [key for key in wanting if not is_adapters_key(key, root)]:
         raise StateError(
             f"save: {lost[0]} requires a gradient, but belongs to no adapter, so that no file would hold what it "

@@ -15,10 +15,11 @@ from torch import Tensor
 from lora_lite.adapter import Adapter
 from lora_lite.config import AdapterConfig, is_int
 from lora_lite.errors import CheckpointError
-from lora_lite.files.base_check import SAMPLES, SKETCH_ROWS, Samples
+from lora_lite.files.base_check import SKETCH_ROWS
 from lora_lite.frozen_basis.rebuild import PROBES
 from lora_lite.patterns import LONGEST, is_plain
 from lora_lite.registry import method_of, methods
+from lora_lite.runtime.base_values import SAMPLES, Samples
 
 FORMAT = 2
 METADATA_KEY = "lora_lite"

@@ -9,11 +9,16 @@ from lora_lite.layers.linear import is_linear, is_quantized
 FLAGS = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "hf_quantizer", "quantization_method")
 
 
-def forget_quantization(root: nn.Module) -> None:
+def forget_quantization(root: nn.Module) -> list[tuple[Any, str, Any]]:
     """Let every transformers model within `root` say which of its layers are plain, so that what it saves can be read
-    again: among the layers not to convert, or as a plain model where no quantised layer is left."""
+    again: among the layers not to convert, or as a plain model where no quantised layer is left.
+
+    Returns:
+        (owner, attribute, what it was) of each change, for `remember_quantization`; a model as owner is its path.
+    """
+    changes: list[tuple[Any, str, Any]] = []
     seen: set[int] = set()  # the parts of a model share its config: its outermost module speaks for all of them
-    for model in root.modules():
+    for place, model in root.named_modules():
         config: Any = getattr(getattr(model, "config", None), "quantization_config", None)
         if config is None or id(config) in seen:
             continue
@@ -24,8 +29,18 @@ def forget_quantization(root: nn.Module) -> None:
             plain = sorted(path for path, quantized in layers.items() if not quantized)
             for name in ("llm_int8_skip_modules", "modules_to_not_convert"):
                 if hasattr(config, name):
+                    changes.append((config, name, getattr(config, name)))
                     setattr(config, name, plain)
             continue
+        changes.append((model.config, "quantization_config", config))
+        changes += [(place, flag, vars(model)[flag]) for flag in FLAGS if flag in vars(model)]
         del model.config.quantization_config  # type: ignore[union-attr]
         for flag in FLAGS:
-            model.__dict__.pop(flag, None)
+            vars(model).pop(flag, None)
+    return changes
+
+
+def remember_quantization(root: nn.Module, changes: list[tuple[Any, str, Any]]) -> None:
+    """Undo what `forget_quantization` changed."""
+    for owner, key, value in reversed(changes):
+        setattr(root.get_submodule(owner) if isinstance(owner, str) else owner, key, value)

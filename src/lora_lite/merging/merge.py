@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from lora_lite.adapter import acting_on, adapters_on
 from lora_lite.errors import StateError
 from lora_lite.layers.linear import is_quantized, shape
-from lora_lite.layers.quantization import forget_quantization
+from lora_lite.layers.quantization import forget_quantization, remember_quantization
 from lora_lite.merging.fold import Fold, eval_output, fold_layers, relative
 from lora_lite.runtime.attach import drop, release, reset_compiler
 from lora_lite.runtime.state import State, refuse_merged, root_of
@@ -112,6 +113,8 @@ def merge(model: nn.Module, keep: bool = True, name: str | None = None) -> dict[
             report |= {place: Merged(fold.rounding, error) for place, _, _ in _places(root, written)}
         if any(each.untied for each in state.merged.values()):
             _untie_configs(root, state, undo)
+        state.forgotten = forget_quantization(root)
+        undo.call(partial(remember_quantization, root, state.forgotten))
         if not keep:
             _forget(root, state, names)
         reset_compiler()
@@ -123,10 +126,9 @@ def _forget(root: nn.Module, state: State, names: list[str]) -> None:
         del state.adapters[name]
         for module in list(root.modules()):
             drop(module, name)
-    state.merged, state.untied = {}, []
+    state.merged, state.untied, state.forgotten = {}, [], []
     if not state.adapters:
         release(root, state)
-    forget_quantization(root)
 
 
 @torch.no_grad()
@@ -143,7 +145,9 @@ def unmerge(model: nn.Module) -> None:
             _put_back(root, root.get_submodule(path), original, undo)
         for config in state.untied:
             undo.assign(config, "tie_word_embeddings", True)
-        state.merged, state.untied = {}, []
+        undo.call(partial(forget_quantization, root))
+        remember_quantization(root, state.forgotten)
+        state.merged, state.untied, state.forgotten = {}, [], []
         reset_compiler()
 
 

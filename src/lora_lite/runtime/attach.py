@@ -23,10 +23,10 @@ from lora_lite.linalg import factorising
 from lora_lite.registry import method_of, methods
 from lora_lite.runtime.attach_cost import AttachCost, peak_memory_mb
 from lora_lite.runtime.attachment import Attachment, attachment, is_adapters_key
-from lora_lite.runtime.buffers import moved_buffers, moving_buffers, same_bits
+from lora_lite.runtime.base_values import moved_buffers, moving_buffers, same_bits, sampled
 from lora_lite.runtime.dial import Dial
 from lora_lite.runtime.hooks import hook_layer, hook_root
-from lora_lite.runtime.readiness import ask_layer, check_layer, refuse_unready, taken_parameters
+from lora_lite.runtime.readiness import ask_layer, check_layer, refuse_not_finite, refuse_unready, taken_parameters
 from lora_lite.runtime.state import ROOT, Attached, State, refuse_merged, root_of, trained_also
 from lora_lite.runtime.train_also import find_train_also, forget_originals
 from lora_lite.runtime.transaction import Transaction
@@ -81,6 +81,7 @@ def _attach(
     cost = AttachCost()
     with cost("calibration"), packing_forbidden(model):
         for path, (layer, index) in targets.items():
+            refuse_not_finite(path, layer)
             if method_of(configs[index]).reads_weight:
                 ask_layer(path, layer)
         needy = {path: layers[path] for path, need in needs.items() if need}
@@ -220,6 +221,7 @@ def commit(
     if not state.adapters:
         state.requires_grad = {key: p.requires_grad for key, p in model.named_parameters()}
         state.packing = forbid_packing(model)
+        state.samples = sampled(model)
         state.buffers = {key: b.detach().to("cpu", copy=True) for key, b in moving_buffers(model).items()}
     # By identity, for a tied parameter has several names.
     trained = {id(model.get_parameter(key)) for attached in state.adapters.values() for key in attached.originals}

@@ -14,7 +14,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -48,6 +48,7 @@ class Call:
         expands: whether the model's `generate` makes it, which may expand rows (asked for once).
         mixed: whether a block began within it, so that its start does not say what each layer used.
         frame: `id` of the Python frame that runs it.
+        ran: the adapters that ran in it, by `id`.
     """
 
     store: "Coefficients"
@@ -58,6 +59,7 @@ class Call:
     task: int
     frame: int
     mixed: bool = False
+    ran: set[int] = field(default_factory=set)
 
 
 Entry = Block | Call

@@ -20,6 +20,7 @@ from lora_lite.runtime.coefficient import in_generate, spread_rows
 from lora_lite.runtime.context import NO_TASK, graph_task
 from lora_lite.runtime.dial import Cell, Dial, Setting
 from lora_lite.runtime.foreign_saves import after_state_dict, guard
+from lora_lite.runtime.skipped import note_skipped
 from lora_lite.runtime.state import ROOT, State
 
 TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
@@ -77,7 +78,10 @@ def _coefficient(adapter: Adapter, x: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return spread_rows(adapter.dial.local.cell.value, x, None)
     state: State = adapter.dial.state
-    return spread_rows(state.coefficients.setting(adapter.dial).c, x, state.coefficients.call())
+    call = state.coefficients.call()
+    if call is not None:
+        call.ran.add(id(adapter))
+    return spread_rows(state.coefficients.setting(adapter.dial).c, x, call)
 
 
 def _input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Callable[[Tensor], Any]]:
@@ -143,6 +147,8 @@ def after_call(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
     call = state.coefficients.end()
     if call is None or not torch.is_grad_enabled() or graph_task() != NO_TASK:
         return
+    if root.training and output is not None:
+        note_skipped(root, state, call)
     for tensor in tensors_in(output):
         if tensor.requires_grad:
             tensor.register_hook(partial(state.coefficients.begin_backward, call))

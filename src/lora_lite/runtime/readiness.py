@@ -74,6 +74,14 @@ def check_layer(path: str, layer: nn.Module, taken: Mapping[int, tuple[str, str]
         raise TargetError(f"{path}: has an attribute 'lora' of its own; leave it out with exclude_names")
 
 
+def refuse_not_finite(path: str, layer: nn.Module) -> None:
+    """Refuse a layer whose weight or bias holds NaN or infinite values; quantised weights are not looked into."""
+    for key, p in layer.named_parameters(recurse=False):
+        plain = p.is_floating_point() and p.dtype.itemsize > 1 and type(p.data) is torch.Tensor and not p.is_meta
+        if plain and not torch.isfinite(p.detach().sum(dtype=torch.promote_types(p.dtype, torch.float32))):
+            raise TargetError(f"{path}: its {key} holds NaN or infinite values, so no adapter can be trained on it")
+
+
 def ask_layer(path: str, layer: nn.Module) -> None:
     """Refuse a layer whose output is not that of the weight that a method would read; asked with one random row."""
     weight: torch.Tensor = layer.weight  # type: ignore[assignment]

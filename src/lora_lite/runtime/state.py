@@ -17,6 +17,7 @@ from lora_lite.runtime.context import Coefficients
 from lora_lite.runtime.dial import Dial
 
 ROOT = "_lora_lite"
+Samples = dict[str, tuple[Tensor, tuple[int, ...]]]  # some values of each parameter, and its shape
 
 
 @dataclass
@@ -42,6 +43,9 @@ class State:
     packing: list[str] = field(default_factory=list)
     merged: dict[str, Any] = field(default_factory=dict)
     untied: list[Any] = field(default_factory=list)
+    skipped: dict[tuple[str, str], int] = field(default_factory=dict)
+    samples: Samples = field(default_factory=dict)
+    forgotten: list[tuple[Any, str, Any]] = field(default_factory=list)
     buffers: dict[str, Tensor] = field(default_factory=dict)
     coefficients: Coefficients = field(default_factory=Coefficients)
 

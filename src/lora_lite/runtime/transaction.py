@@ -1,6 +1,6 @@
 """All or nothing: a model that an operation did not finish with is put back as it was (law 4)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class Transaction:
                 self._owners.append(_Attributes(state, vars(state).keys()))
         self._values: list[tuple[Tensor, Tensor]] = []
         self._assigned: list[tuple[Any, str, Any]] = []
+        self._calls: list[Callable[[], object]] = []
 
     def __enter__(self) -> "Transaction":
         return self
@@ -52,6 +53,10 @@ class Transaction:
         """Set an attribute of an object that is no module."""
         self._assigned.append((owner, key, getattr(owner, key)))
         setattr(owner, key, value)
+
+    def call(self, undoing: Callable[[], object]) -> None:
+        """What undoes a step that is no attribute of one object; it may be called again after an interrupt."""
+        self._calls.append(undoing)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         done = kind is None
@@ -70,6 +75,8 @@ class Transaction:
     def _put_back_model(self) -> None:
         for owner in self._owners:
             owner.put_back()
+        for undoing in reversed(self._calls):
+            undoing()
         for owner, key, value in reversed(self._assigned):
             setattr(owner, key, value)
         for tensor, original in reversed(self._values):

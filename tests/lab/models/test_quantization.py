@@ -1,5 +1,6 @@
 """Models in 4 and 8 bits, through bitsandbytes on the CPU."""
 
+import copy
 import sys
 from pathlib import Path
 
@@ -115,16 +116,16 @@ def test_the_print_of_a_base_is_the_same_once_bitsandbytes_has_packed_it() -> No
     assert base_print(model) == first
 
 
+@pytest.mark.parametrize("keep", [False, True], ids=["for good", "for a while"])
 @pytest.mark.parametrize("targets", [(), ("q_proj",)], ids=["all layers", "some layers"])
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
-def test_a_model_that_was_merged_for_good_reads_back(
-    quantization: str, targets: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_a_merged_model_reads_back(quantization: str, targets: tuple[str, ...], keep: bool, tmp_path: Path) -> None:
     model, _ = load_model(save_tiny(tmp_path / "base"), quantization=quantization)
     att = ll.attach(model, ll.LoRAConfig(r=2, target_names=targets, target_roles=()))
     for adapter in att.targets.values():
         torch.nn.init.normal_(adapter.B, generator=torch.Generator().manual_seed(1))
-    ll.merge(model, keep=False)
+    before, flags = copy.deepcopy(model.config.to_dict()), dict(vars(model))
+    ll.merge(model, keep=keep)
     ids = torch.randint(0, 256, (2, 8), generator=torch.Generator().manual_seed(1))
     model.save_pretrained(tmp_path / "merged")
     again = LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
@@ -133,3 +134,6 @@ def test_a_model_that_was_merged_for_good_reads_back(
         expected = model(ids).logits
         assert (again(ids).logits - expected).norm() <= 1e-5 * expected.norm()
     assert hasattr(model.config, "quantization_config") == bool(targets)
+    if keep:
+        ll.unmerge(model)
+        assert model.config.to_dict() == before and vars(model).keys() == flags.keys()

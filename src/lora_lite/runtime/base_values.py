@@ -1,0 +1,92 @@
+"""What training may change of the base though nobody asked for it: running averages of norms, and parameters that were
+unfrozen by hand. How they were is noted when the first adapter is attached."""
+
+import torch
+from torch import Tensor, nn
+
+from lora_lite.adapter import Adapter
+from lora_lite.layers.linear import is_sharded
+from lora_lite.runtime.attachment import is_adapters_key
+from lora_lite.runtime.state import Samples, State, find_root
+
+SAMPLES = 32  # values of a parameter that are noted
+
+
+def moving_buffers(root: nn.Module) -> dict[str, Tensor]:
+    """The base's persistent buffers that training may write, by name: floating ones and counters.
+
+    Large integer buffers are quantised weights, which it does not; those that no state dict holds are caches.
+    """
+    found: dict[str, Tensor] = {}
+    for path, module in root.named_modules():
+        if not isinstance(module, Adapter):
+            for key, buffer in module._buffers.items():
+                if buffer is None or buffer.is_meta or key in module._non_persistent_buffers_set:
+                    continue
+                if buffer.is_floating_point() or buffer.numel() == 1:
+                    found[f"{path}.{key}" if path else key] = buffer
+    return found
+
+
+def moved_buffers(root: nn.Module, state: State) -> dict[str, Tensor]:
+    """Those of them that differ from what they were before the first adapter was attached."""
+    return {
+        key: buffer
+        for key, buffer in moving_buffers(root).items()
+        if key in state.buffers and not same_bits(buffer, state.buffers[key])
+    }
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of a dtype are equal, a NaN to itself."""
+    other = other.to(one.device)
+    return one.shape == other.shape and bool(
+        torch.equal(one, other)
+        or (torch.equal(one.isnan(), other.isnan()) and torch.equal(one.nan_to_num(), other.nan_to_num()))
+    )
+
+
+def base_samples(root: nn.Module) -> Samples:
+    """`sampled(root)` as it was when the first adapter was attached, or as it is where nothing is."""
+    found = find_root(root)
+    return found[1].samples if found is not None and found[1].adapters else sampled(root)
+
+
+@torch.no_grad()
+def sampled(root: nn.Module) -> Samples:
+    """Up to 32 evenly spaced values (fp32) of each parameter of the base, and its shape, by its first name.
+
+    Quantised, sharded and offloaded ones are left out.
+    """
+    values: Samples = {}
+    for key, parameter in root.named_parameters():
+        plain = type(parameter.data) is Tensor and parameter.is_floating_point() and parameter.dtype.itemsize > 1
+        if (
+            plain
+            and parameter.numel()
+            and not (parameter.is_meta or is_sharded(parameter) or is_adapters_key(key, root))
+        ):
+            n = parameter.numel()
+            at = torch.linspace(0, n - 1, min(n, SAMPLES), dtype=torch.float64).round().long()
+            flat = parameter.detach().reshape(-1)
+            values[key] = flat[at.to(flat.device)].to("cpu", torch.float32), tuple(parameter.shape)
+    return values
+
+
+def moved_parameters(root: nn.Module, state: State) -> list[str]:
+    """The base's parameters that have other values than when the first adapter was attached, by name.
+
+    A cast of the model moves none: values that are those of then, rounded to its dtype or to 16 bits on the way, count
+    as the same.
+    """
+    now = sampled(root)
+    dtypes = {key: p.dtype for key, p in root.named_parameters()}
+    return [key for key, (then, dims) in state.samples.items() if key in now and now[key][1] == dims
+            and not any(torch.equal(now[key][0], _rounded(then, (dtypes[key], *through)))
+                        for through in ((), (torch.bfloat16,), (torch.float16,)))]  # fmt: skip
+
+
+def _rounded(values: Tensor, dtypes: tuple[torch.dtype, ...]) -> Tensor:
+    for dtype in reversed(dtypes):
+        values = values.to(dtype)
+    return values.float()
