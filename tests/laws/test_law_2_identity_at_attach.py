@@ -36,7 +36,7 @@ def test_identity_at_attach_of_a_model(method: str, dtype: torch.dtype) -> None:
     base = model(IDS).logits
     att = attach_tiny(model, method, [IDS])
     adapters = list(att.targets.values())
-    with ll.scale(model, 1.0 if adapters[0].trained else 0.0):
+    with ll.scale(model, 1.0 if adapters[0].facts.trained else 0.0):
         found = model(IDS).logits
     assert torch.isfinite(base).all()
     bound = max(adapter.identity_bound(adapter.cfg, dtype) for adapter in adapters)

@@ -18,7 +18,7 @@ from lora_lite.checking.layers import cut_layers
 from lora_lite.checking.report import CheckReport, Layer, cut_words
 from lora_lite.errors import CheckError, StateError
 from lora_lite.runtime.skipped import EXPERT
-from lora_lite.runtime.state import adapters_of, refuse_merged, root_of, trained_also
+from lora_lite.runtime.state import State, adapters_of, refuse_merged, root_of, trained_also
 
 PERTURBATION = 1e-2
 TRAIN_PASSES = 4  # at most, for models that skip layers at random in training (layer drop)
@@ -67,7 +67,7 @@ def check(model: nn.Module, batches: Iterable[Any]) -> CheckReport:
         for index, p in enumerate(own):  # frozen ones too, which may hold their start
             _perturb(p, index)
         trains = bool(also) or any(p.requires_grad for p in own)
-        _run_all(model, batches, report, trains)
+        _run_all(model, state, batches, report, trains)
         _note_gradients(report, adapters)
         model.eval()
         effect, independent = turn(model, batches[0])
@@ -81,13 +81,14 @@ def check(model: nn.Module, batches: Iterable[Any]) -> CheckReport:
     return report
 
 
-def _run_all(model: nn.Module, batches: Sequence[Any], report: CheckReport, trains: bool) -> None:
+def _run_all(model: nn.Module, state: State, batches: Sequence[Any], report: CheckReport, trains: bool) -> None:
     """Forward and backward in both modes; in train mode until no adapter is left out by chance."""
     for mode in (True, False):
         model.train(mode)
         for _ in range(TRAIN_PASSES if mode else 1):
             for batch in batches:
                 output = run(model, batch)
+                state.skipped.clear()  # what is left out here is an error of its own
                 if trains:
                     loss_of(output).backward()
             if all(mode in layer.modes for layers in report.layers.values() for layer in layers.values()):
