@@ -28,7 +28,7 @@ DATA = [{"input_ids": batch["input_ids"], "attention_mask": batch["attention_mas
 
 
 def run(cfg: Any, fresh: Callable[[], Any] = make_llama, **changes: Any) -> ProbeReport:
-    needs = ll.adapter.method_of(cfg).needs(cfg)
+    needs = ll.registry.method_of(cfg).needs(cfg)
     return probe_method(fresh, cfg, BATCHES, DATA if needs else None, lr=1e-2, **changes)
 
 

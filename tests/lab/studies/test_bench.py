@@ -131,7 +131,7 @@ def overflows(self: Any, x: Any, y: Any, layer: Any, c: Any) -> Any:
     [
         (overflows, "the loss after training is not finite (validation: nan)"),
         (raises, "RuntimeError: this method does not work"),
-        (writes_the_base, "base's bits changed"),
+        (writes_the_base, "has changed since attach"),
     ],
 )
 def test_a_failed_run_is_recorded_and_the_others_go_on(change: Any, reason: str, model: str, tmp_path: Path) -> None:
