@@ -11,7 +11,6 @@ import decimal
 import gzip
 import json
 import math
-import re
 import sys
 import zlib
 from collections.abc import Collection, Iterable, Iterator
@@ -239,8 +238,8 @@ def plain(value: Any) -> Any:
 
     Timestamps as "2024-03-15 12:30:00", with fractions and the offset ("+00:00") where they have them; dates and times
     likewise (ISO 8601); durations as "1 day, 6:00:00"; decimals with all their digits, "1.10"; booleans as "true" and
-    "false"; bytes as the UTF-8 text that they hold; NaN is None, as in JSON. Integers, floats and text stay as they are,
-    lists and objects hold what is so written. Raises UnicodeDecodeError for other bytes.
+    "false"; bytes as the UTF-8 text they hold; NaN is None, as in JSON. Integers, floats and text stay as they
+    are; lists and objects hold what is so written. Raises UnicodeDecodeError for other bytes.
     """
     if isinstance(value, list):
         return [plain(each) for each in value]
