@@ -13,6 +13,7 @@ from lora_lite.lab.tasks.task import Example
 from lora_lite.lab.training import data
 from lora_lite.lab.training.data import DataError, Encoded
 from lora_lite.lab.training.evaluate import answer_loss_of, generate
+from lora_lite.lab.training.limits import require_positions
 from lora_lite.lab.training.loop import train
 from lora_lite.lab.training.progress import TrainConfig
 from lora_lite.tokens import decode
@@ -172,6 +173,6 @@ def test_scaled_rotary_positions_take_any_length(kind: str, refused: bool) -> No
     model.config.rope_parameters = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0}
     if refused:
         with pytest.raises(DataError, match="has 16 positions"):
-            data.require_positions(model, 17, "it")
+            require_positions(model, 17, "it")
     else:
-        data.require_positions(model, 17, "it")
+        require_positions(model, 17, "it")

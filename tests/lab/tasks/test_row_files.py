@@ -1,5 +1,6 @@
 """Own files are text as it stands, and a folder's splits are the files with their whole names."""
 
+import csv
 import datetime as dt
 import gzip
 import json
@@ -7,6 +8,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -92,6 +94,35 @@ def test_shards_are_one_split(tmp_path: Path) -> None:
     for i in range(2):
         write_rows(tmp_path / f"train-0000{i}-of-00002.jsonl", [gsm_row(str(i))])
     assert [row["question"] for row in load_rows(tmp_path, "train", ("question",))] == ["0?", "1?"]
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    for i in (0, 2):
+        write_rows(tmp_path / f"train-0000{i}-of-00003.jsonl", [gsm_row(str(i))])
+    with pytest.raises(CorpusError, match=r"train-00001-of-00003\.jsonl' is missing: 2 of 3 shards"):
+        load_rows(tmp_path, "train", ("question",))
+    write_rows(tmp_path / "train-00001-of-00002.jsonl", [gsm_row("1")])
+    with pytest.raises(CorpusError, match="shards of 2 and of 3; keep"):
+        load_rows(tmp_path, "train", ("question",))
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.tsv"])
+def test_a_long_cell_is_read(name: str, tmp_path: Path) -> None:
+    before = csv.field_size_limit()
+    mark = "," if name.endswith("csv") else "\t"
+    (tmp_path / name).write_text(f"question{mark}answer\n{'a' * 200_000}{mark}b\n")
+    [row] = load_rows(tmp_path / name, "train", ("question", "answer"))
+    assert len(row["question"]) == 200_000 and csv.field_size_limit() == before
+
+
+def test_a_boolean_has_one_form_wherever_it_stands(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", [{"answer": [True, {"content": False}], "question": True}])
+    [row] = load_rows(tmp_path / "rows.jsonl", "train", ("question", "answer"))
+    assert row == {"question": "true", "answer": ["true", {"content": "false"}]}
+    table = pyarrow.table({"question": [True], "answer": [[{"content": False, "at": dt.date(2024, 3, 15)}]]})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    [row] = load_rows(tmp_path / "rows.parquet", "train", ("question", "answer"))
+    assert row == {"question": "true", "answer": [{"content": "false", "at": "2024-03-15"}]}
 
 
 def test_a_column_that_nobody_asked_for_may_change_its_type_late(tmp_path: Path) -> None:
@@ -200,3 +231,17 @@ def test_timestamps_finer_than_pythons_are_text_too(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(raw, tmp_path / "raw.parquet")
     with pytest.raises(CorpusError, match=r"row 1: the field 'answer' holds bytes that are not UTF-8"):
         load_rows(tmp_path / "raw.parquet", "train", ("answer",))
+
+
+@pytest.mark.parametrize("kind", [pyarrow.float32(), pyarrow.float16()])
+def test_narrow_floats_are_the_shortest_text_that_tells_them(kind: Any, tmp_path: Path) -> None:
+    values = np.array([0.1, 2.5, 1e-3, 7.0], kind.to_pandas_dtype())
+    column = pyarrow.array(values, kind)
+    within = pyarrow.array([[value] for value in values], pyarrow.list_(kind))
+    parts = pyarrow.StructArray.from_arrays([column], ["content"])
+    table = pyarrow.table({"answer": column, "list": within, "parts": parts, "empty": pyarrow.nulls(4, kind)})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    rows = load_rows(tmp_path / "rows.parquet", "train", ("answer", "list", "parts", "empty"))
+    expected = [0.1, 2.5, 0.001, 7.0]
+    assert [row["answer"] for row in rows] == [row["list"][0] for row in rows] == expected
+    assert [row["parts"] for row in rows] == [{"content": value} for value in expected] and rows[0]["empty"] is None

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_lite.lab.tasks import scoring
-from lora_lite.lab.tasks.scoring import ScoringError, final_number
+from lora_lite.lab.tasks.final_numbers import final_number
+from lora_lite.lab.tasks.scoring import ScoringError
 
 NUMBERS = {
     # plain

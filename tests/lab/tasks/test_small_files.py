@@ -9,16 +9,37 @@ from lab_helpers import write_rows
 from lora_lite import cli
 from lora_lite.lab.findings.analysis import analyse
 from lora_lite.lab.tasks.catalogue import load_task
+from lora_lite.lab.tasks.task import SPLITS, Example, TaskError, from_examples
 
 ROWS = [{"question": f"{i} + 1?", "answer": f"{i + 1}"} for i in range(60)]
 
 
-@pytest.mark.parametrize("command", [["bench"], ["study", "rotation_axis"]])
-def test_sixty_rows_are_enough(
-    command: list[str], model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("rows", range(3, 12))
+def test_each_split_of_a_small_file_has_a_row(rows: int, tmp_path: Path) -> None:
+    for name, ordered in (("mine.jsonl", ROWS[:rows]), ("again.jsonl", ROWS[:rows][::-1])):
+        write_rows(tmp_path / name, ordered)
+    parts, again = (
+        {split: {e.prompt for e in load_task(str(tmp_path / name)).distinct(split)} for split in SPLITS}
+        for name in ("mine.jsonl", "again.jsonl")
+    )
+    assert parts == again and all(parts.values()) and sum(map(len, parts.values())) == rows
+    examples = [Example(row["question"], row["answer"], "t") for row in ROWS[:rows]]
+    assert all(from_examples("t", examples).examples(split, 1) for split in SPLITS)
+
+
+def test_two_rows_are_too_few_for_three_splits(tmp_path: Path) -> None:
+    write_rows(tmp_path / "mine.jsonl", ROWS[:2])
+    task = load_task(str(tmp_path / "mine.jsonl"))
+    with pytest.raises(TaskError, match="fewer than three different questions has none for every split"):
+        task.parts({"train": 1, "validation": 1, "test": 1})
+
+
+@pytest.mark.parametrize(("command", "rows"), [(["bench"], 60), (["study", "rotation_axis"], 60), (["bench"], 3)])
+def test_few_rows_are_enough(
+    command: list[str], rows: int, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, out = tmp_path / "mine.jsonl", tmp_path / "out"
-    write_rows(path, ROWS)
+    write_rows(path, ROWS[:rows])
     quick = ["--seeds", "1", "--rates", "1", "--steps", "2", "--max-new-tokens", "2", "--general-windows", "0"]
     flags = [
         *quick,

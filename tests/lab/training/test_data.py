@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lab_helpers import CHAT, make_llama, make_tokenizer
+from lora_lite.lab.models.chat import ChatTemplateError
 from lora_lite.lab.tasks.task import Example, from_examples
 from lora_lite.lab.training import data
 from lora_lite.lab.training.data import IGNORE, BatchOrder, DataError, Encoded
@@ -66,6 +67,25 @@ def test_nothing_to_encode_says_why(examples: list[Example], message: str, token
 def test_a_tokenizer_without_an_end_token_is_an_error() -> None:
     with pytest.raises(DataError, match=r"no eos_token.*set tokenizer\.eos_token"):
         data.encode([Example("a", "b", "t")], make_tokenizer(eos=None))
+
+
+@pytest.mark.parametrize("question", ["1+1?", "1 <eos> 2?"])
+def test_an_end_token_behind_a_chat_template_is_taken_off(question: str) -> None:
+    tokenizer = make_tokenizer("{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}")
+    ids = data.prompt_ids(tokenizer, Example(question, "2", "t", "Short."))
+    assert tokenizer.decode(ids) == f"Short.<eos>{question}" and ids[-1] != tokenizer.eos_token_id
+    assert ids.count(tokenizer.eos_token_id) == 1
+
+
+@pytest.mark.parametrize("shown", ["m['content'][:5]", "m['content'] | tojson | truncate(500)", "m['content'] | list"])
+def test_a_template_that_shows_a_list_of_parts_is_refused(shown: str) -> None:
+    tokenizer = make_tokenizer("{% for m in messages %}{{ SHOWN }}{% endfor %}".replace("SHOWN", shown))
+    try:
+        text = data.render_prompt(tokenizer, "What is one and one?")
+    except ChatTemplateError as error:
+        assert "does not show the user's message" in str(error) or "changes the question" in str(error)
+    else:
+        assert "'text'" not in text and '"text"' not in text
 
 
 # ---- plain prompts

@@ -15,6 +15,7 @@ import lora_lite as ll
 import training_runs
 from lab_helpers import make_llama
 from lora_lite.lab.errors import RunError
+from lora_lite.lab.folders import make_folder
 from lora_lite.lab.models.devices import pick_device
 from lora_lite.lab.training import checkpoints
 from lora_lite.lab.training.checkpoints import CheckpointWriteError, last_checkpoint
@@ -135,3 +136,17 @@ def test_a_device_that_is_not_here_is_a_sentence(device: str) -> None:
 def test_a_home_folder_in_flags(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert RunConfig(out=Path("~/runs")).out == tmp_path / "runs"
+
+
+@pytest.mark.parametrize("below", ["file/out", "n" * 300])
+def test_a_folder_that_cannot_be_made_is_a_sentence(below: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match=r"cannot write to .*(Not a directory|File name too long)\): give another --out"):
+        place = Place(tmp_path / below, resume=False, overwrite=False)
+        place.require_fit()
+        with place.taken():
+            raise AssertionError("a folder in a file")
+    with pytest.raises(RunError, match=r"cannot write to /proc/x \(No such file or directory\)"):
+        make_folder(Path("/proc/x"))
+    with pytest.raises(RunError, match=r"cannot write to /proc/.lock"), hold(Path("/proc/.lock")):
+        raise AssertionError("a lock in /proc")

@@ -6,6 +6,7 @@ Templates come with models, and may be broken or hostile: each is tried once whe
 """
 
 import contextlib
+import re
 import textwrap
 from typing import Any
 
@@ -78,13 +79,18 @@ def _form(tokenizer: PreTrainedTokenizerBase, instructed: bool) -> tuple[bool, b
         except ChatTemplateError as error:  # refused, or contents of another type than it expects
             reason = f" (the last try: {error.__cause__})"
             continue
-        if all(text.count(mark) == 1 for mark in wanted):
+        if all(text.count(mark) == 1 and not _shows_part(text, mark) for mark in wanted):
             return form
     raise ChatTemplateError(
         "the tokenizer's chat template does not show the user's message"
         + (" with an instruction, be it in the system message or in the user's" if instructed else "")
         + f"{reason}; give a plain prompt (chat=False), or set another tokenizer.chat_template"
     )
+
+
+def _shows_part(text: str, mark: str) -> bool:
+    """Whether a mark stands in the part itself, {'type': 'text', 'text': mark}, which the template took for a text."""
+    return re.search(rf"""text\\?['"]\s*:\s*\\?['"]{mark}""", text) is not None
 
 
 def _require_bounded(tokenizer: PreTrainedTokenizerBase) -> None:

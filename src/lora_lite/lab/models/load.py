@@ -20,8 +20,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lora_lite.lab.models.damage import damage
 from lora_lite.lab.models.embedded import EMBEDDED, ModelError, embedded_folder
 from lora_lite.layers.packing import forbid_packing
+from lora_lite.printable import one_line
 
 QUANTIZATIONS = ("none", "4bit", "8bit")
 
@@ -123,6 +125,12 @@ def _unreadable(folder: str, name: str, error: Exception) -> ModelError:
         return ModelError(
             f"cannot load a causal language model {name!r} from {where}: it brings code of its own, which is not run "
             "unless you say so; read it, and give --trust-remote-code (trust_remote_code=True in Python)"
+        )
+    if Path(folder).is_dir():
+        reason = damage(Path(folder)) or " ".join(reason.split())
+        return ModelError(
+            f"cannot load a causal language model {name!r} from {where}: {one_line(reason)}; fetch or save that model "
+            "anew (save_pretrained, of the model and of its tokenizer), or give another folder"
         )
     return ModelError(
         f"cannot load a causal language model {name!r} from {where}: {reason}\n"

@@ -12,6 +12,7 @@ from typing import Any
 import lora_lite as ll
 from lora_lite.files.atomic import expanded
 from lora_lite.lab.costs.cost import measured_costs
+from lora_lite.lab.folders import make_folder
 from lora_lite.lab.provenance import provenance
 from lora_lite.lab.studies.arms import ArmError
 from lora_lite.lab.studies.ledger import DONE, FAILED, Ledger, LedgerError, publish, read_json, run_id, within
@@ -54,6 +55,7 @@ def run_study(
     ledger = Ledger(folder)
     study = study.as_run()  # errors in the line of arms, and missing trackers, come before the model is loaded
     require_trackers(report_to)
+    make_folder(folder)
     bench = open_workbench(study)
     bench.trackers = partial(Trackers, report_to, device=bench.device)
     plan = {**plan_of(bench), "command": command}
@@ -191,7 +193,7 @@ def attempt(job: Job, bench: Workbench, scratch: Path) -> tuple[str, dict[str, A
 def perform(job: Job, bench: Workbench, scratch: Path) -> dict[str, Any]:
     """Do a job, and leave the model bare."""
     if job.kind == "base":
-        return {"losses_after": bench.losses(forgetting=True), **replies(bench.answers())}
+        return {"losses_after": bench.losses(forgetting=True, trained=False), **replies(bench.answers())}
     assert job.arm is not None
     if job.kind == "cost":
         study = bench.study

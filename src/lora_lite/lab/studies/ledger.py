@@ -16,6 +16,7 @@ from typing import Any
 
 from lora_lite.errors import LoraLiteError
 from lora_lite.files.atomic import expanded, write_atomically
+from lora_lite.lab.folders import make_folder
 from lora_lite.lab.training.locks import hold
 
 FORMAT = 1
@@ -130,7 +131,7 @@ class Ledger:
     @contextlib.contextmanager
     def claim(self, run: str) -> Iterator[bool]:
         """Whether this process may make the run: False if another is at it, or has made it in the meantime."""
-        self.work.mkdir(parents=True, exist_ok=True)
+        make_folder(self.work)
         with hold(self.work / f"{run}.lock") as holder:
             yield not holder and self.read(run) is None
 

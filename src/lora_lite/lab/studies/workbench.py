@@ -79,8 +79,12 @@ class Workbench:
         if (now := base_print(self.model)) != self.prints["base"]:
             raise BaseChangedError(f"the base's bits changed during this run ({self.prints['base']} became {now})")
 
-    def losses(self, forgetting: bool) -> dict[str, float]:
-        """Mean losses in nats a token: on validation answers and, for `forgetting`, elsewhere."""
+    def losses(self, forgetting: bool, trained: bool = True) -> dict[str, float]:
+        """Mean losses in nats a token: on validation answers and, for `forgetting`, elsewhere.
+
+        trained: whether the model has an adapter. Raises `DivergedError`, which says whose they are, if one is not
+        finite.
+        """
         size = self.study.training.batch_size
         found = {"validation": answer_loss_of(self.model, self.validation, self.pad, size)}
         if forgetting and self.windows:
@@ -88,7 +92,13 @@ class Workbench:
         if forgetting and self.other:
             found[self.study.other_task] = answer_loss_of(self.model, self.other, self.pad, size)
         if infinite := [f"{name}: {loss}" for name, loss in found.items() if not math.isfinite(loss)]:
-            raise DivergedError(f"the loss after training is not finite ({', '.join(infinite)}): the rate is too high")
+            told = ", ".join(infinite)
+            if not trained:
+                raise DivergedError(
+                    f"the base's own loss is not finite ({told}): its weights are damaged, or too large for the dtype; "
+                    "fetch the model anew, or give --dtype float32"
+                )
+            raise DivergedError(f"the loss after training is not finite ({told}): the rate is too high")
         return found
 
     def answers(self) -> Evaluation:

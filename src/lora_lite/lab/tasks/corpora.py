@@ -12,7 +12,8 @@ from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
-from lora_lite.lab.tasks.row_files import FORMATS, CorpusError, plain_rows, read_rows, row_format, split_files
+from lora_lite.lab.tasks.row_files import FORMATS, CorpusError, plain_rows, read_rows, row_format, typed_rows
+from lora_lite.lab.tasks.row_splits import split_files
 
 EMBEDDED_TEXT = "embedded"
 # A public-domain story that reasoning-gym's wheel carries: English prose that no task of the lab teaches.
@@ -80,7 +81,8 @@ def _hub_rows(source: str, split: str, columns: Sequence[str], where: str) -> tu
     try:
         table = load_dataset(hub_id, config or None, split=split)
         names = list(table.column_names)
-        rows = table.select_columns([name for name in columns if name in names]).to_list()
+        # As Arrow's table: it knows which floats are narrow ones.
+        rows = typed_rows(table.select_columns([name for name in columns if name in names]).with_format("arrow")[:])
     except (OSError, ValueError, DatasetsError) as error:
         cause = f" ({error.__cause__})" if error.__cause__ else ""
         raise CorpusError(

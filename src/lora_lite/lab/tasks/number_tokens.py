@@ -4,8 +4,8 @@ numbers(plain("from -$1,234.50 to 1 1/2"))        # matches of "-$1,234.50" and 
 value(...)                                        # Decimal("-1234.50"), Fraction(3, 2)
 
 A number is a sign, a currency, digits with separators, decimals, and an exponent, a power of ten, a fraction, or, after
-a whole number, a proper one: "-$1,234.50", "1.5e-3", "2 x 10^5", "3/4", "1 1/2". A time, a ratio, a date or a version
-is one token as well: "3:45 pm", "2024-03-15", "1.2.3".
+a whole number, a proper one: "-$1,234.50", "1.5e-3", "2 x 10^5", "3/4", "1 1/2"; a word of scale belongs to it: "2
+million", "1.5k". A time, a ratio, a date or a version is one token as well: "3:45 pm", "2024-03-15", "1.2.3".
 """
 
 import re
@@ -18,6 +18,11 @@ from fractions import Fraction
 Number = Decimal | Fraction | tuple[Decimal | str, ...]
 
 DIGITS = 1000  # of a fraction or power that is computed
+
+_SCALES = {
+    "hundred": 2, "thousand": 3, "k": 3, "lakh": 5, "million": 6, "m": 6, "mn": 6, "crore": 7, "billion": 9, "b": 9,
+    "bn": 9, "trillion": 12,
+}  # fmt: skip
 
 _PLAIN = r"(?:\d{1,3}(?:[,_'’]\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\w)\.\d+"
 # A minus is a sign unless it stands behind something to subtract from or to join: "= -3" and "-$3" are negative, "5-3"
@@ -39,6 +44,10 @@ NUMBER = re.compile(
           | \^(?P<power>[-+]?\d+)
           | [ ]?/[ ]?(?P<over>{_PLAIN})
           | [ ]{{1,2}}(?P<top>\d+)/(?P<bottom>\d+)
+        )?
+        (?P<scale>
+            (?:[ -]?(?:hundred|thousand|lakh|million|crore|billion|trillion)s?\b)+
+          | (?-i:[kKMB]|[mM]n|[bB]n)(?!\w)      # "5 m" and "5m" are metres
         )?
     )
     """,
@@ -115,20 +124,28 @@ def _magnitude(number: re.Match[str]) -> Number:
     exponent, ten = number["exponent"] or "0", number["ten"] or "0"
     if max(len(exponent), len(ten)) > 17:  # beyond what a Decimal holds
         return as_text
-    whole = Decimal(f"{_bare(number['digits'])}e{int(exponent) + int(ten)}")
+    scale = sum(_SCALES[word.removesuffix("s")] for word in re.findall(r"[a-z]+", (number["scale"] or "").lower()))
+    shift = int(exponent) + int(ten)
     if not (number["over"] or number["top"] or number["power"]):
-        return whole
+        return Decimal(f"{_bare(number['digits'])}e{shift + scale}")
+    whole = Decimal(f"{_bare(number['digits'])}e{shift}")
     if len(number.group()) > DIGITS or abs(whole.adjusted()) > DIGITS:
         return as_text
+    found = _fraction(number, whole)
+    return as_text if found is None else found * 10**scale
+
+
+def _fraction(number: re.Match[str], whole: Decimal) -> Fraction | None:
+    """What a fraction, a mixed number or a power is worth; None where it is none, or too large to be written out."""
     if over := number["over"]:
         below = Fraction(_bare(over))
-        return Fraction(whole) / below if below else as_text
+        return Fraction(whole) / below if below else None
     if top := number["top"]:
         proper = int(top) < int(number["bottom"])
-        return Fraction(whole) + Fraction(int(top), int(number["bottom"])) if proper else as_text
+        return Fraction(whole) + Fraction(int(top), int(number["bottom"])) if proper else None
     power = int(number["power"])
     small = len(number["digits"]) * abs(power) <= DIGITS and (whole or power >= 0)
-    return Fraction(whole) ** power if small else as_text
+    return Fraction(whole) ** power if small else None
 
 
 def _bare(digits: str) -> str:

@@ -11,7 +11,7 @@ import decimal
 import gzip
 import json
 import math
-import re
+import sys
 import zlib
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
@@ -20,9 +20,6 @@ from typing import Any, NoReturn
 from lora_lite.errors import LoraLiteError
 
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
-_NAMES = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
-DEPTH = 3  # folders below the one given in which a split's file is looked for
 
 Row = dict[str, Any]
 
@@ -41,7 +38,7 @@ def row_format(source: str | Path) -> str | None:
 def read_rows(path: Path, columns: Collection[str]) -> tuple[list[str], list[Row]]:
     """All fields that a file's rows have, and its rows with those of `columns` that they have.
 
-    JSON numbers and booleans are text as written; NaN and null are None; nested values are as they are.
+    JSON numbers and booleans are text as written, within lists and objects too; NaN and null are None.
     Raises CorpusError, with the line, for what is damaged or ambiguous.
     """
     kind = row_format(path)
@@ -130,6 +127,7 @@ def _object(path: Path, line: int, row: Any) -> Row:
 def _cells(path: Path, file: Iterable[str], mark: str) -> Iterator[tuple[int, Row]]:
     reader = csv.reader(file, delimiter=mark, strict=True)
     head: list[str] = []
+    former = csv.field_size_limit(sys.maxsize >> 32 or sys.maxsize)  # a C long, which has 32 bits on some systems
     try:
         for cells in reader:
             if not cells:
@@ -145,19 +143,29 @@ def _cells(path: Path, file: Iterable[str], mark: str) -> Iterator[tuple[int, Ro
             yield reader.line_num, _pairs(list(zip(head, cells, strict=False)))
     except csv.Error as error:
         _damaged(path, reader.line_num, str(error), error)
+    finally:
+        csv.field_size_limit(former)
 
 
 def _value(path: Path, line: int, name: str, row: Row) -> Any:
     if name in getattr(row, "twice", ()):
         _damaged(path, line, f"it has the field {name!r} more than once")
-    value = row[name]
+    try:
+        return _text(row[name])
+    except UnicodeEncodeError as error:
+        _damaged(path, line, f"the field {name!r} holds half a character ({error.reason})", error)
+
+
+def _text(value: Any) -> Any:
+    """A value of JSON with its booleans as text, within lists and objects too. UnicodeEncodeError: half a character."""
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, list):
+        return [_text(each) for each in value]
+    if isinstance(value, dict):
+        return {name: _text(each) for name, each in value.items()}
     if isinstance(value, str) and not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            _damaged(path, line, f"the field {name!r} holds half a character ({error.reason})", error)
+        value.encode()
     return value
 
 
@@ -169,10 +177,36 @@ def _parquet(path: Path, columns: Collection[str]) -> tuple[list[str], list[Row]
         with pyarrow.parquet.ParquetFile(path) as file:
             names = list(file.schema_arrow.names)
             wanted = [name for name in columns if name in names]
-            rows = [row for batch in file.iter_batches(columns=wanted) for row in batch.to_pylist()]
+            rows = [row for batch in file.iter_batches(columns=wanted) for row in typed_rows(batch)]
     except (OSError, pyarrow.ArrowException) as error:
         raise CorpusError(f"cannot read rows from {str(path)!r}: {error}") from error
     return names, plain_rows(str(path), rows)
+
+
+def typed_rows(batch: Any) -> list[Row]:
+    """The rows of a pyarrow batch or table, in which floats of 16 and 32 bits have the fewest digits that tell them."""
+    columns = {
+        name: _short_floats(column.to_pylist(), column.type)
+        for name, column in zip(batch.schema.names, batch.columns, strict=True)
+    }
+    return [{name: values[row] for name, values in columns.items()} for row in range(batch.num_rows)]
+
+
+def _short_floats(values: list[Any], kind: Any) -> list[Any]:
+    """Values with the float nearest to the shortest text of each narrow one: 0.1, not 0.10000000149011612."""
+    import numpy
+    import pyarrow
+
+    narrow = {"halffloat": numpy.float16, "float": numpy.float32}.get(str(kind))
+    if narrow is not None:
+        return [None if value is None else float(str(narrow(value))) for value in values]
+    if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) or pyarrow.types.is_fixed_size_list(kind):
+        return [None if value is None else _short_floats(value, kind.value_type) for value in values]
+    if pyarrow.types.is_struct(kind):
+        for field in kind:
+            short = iter(_short_floats([value[field.name] for value in values if value is not None], field.type))
+            values = [None if value is None else {**value, field.name: next(short)} for value in values]
+    return values
 
 
 def plain_rows(source: str, rows: Iterable[Row]) -> list[Row]:
@@ -185,7 +219,7 @@ def plain_rows(source: str, rows: Iterable[Row]) -> list[Row]:
         try:
             found.append({name: plain(value) for name, value in row.items()})
         except UnicodeDecodeError as error:
-            name = next(name for name, value in row.items() if value == error.object)
+            name = next(name for name, value in row.items() if _holds(value, error.object))
             raise CorpusError(
                 f"{source!r}, row {number}: the field {name!r} holds bytes that are not UTF-8 text ({error.reason}); "
                 "name a field of text, or write the text into one"
@@ -193,14 +227,24 @@ def plain_rows(source: str, rows: Iterable[Row]) -> list[Row]:
     return found
 
 
+def _holds(value: Any, part: bytes) -> bool:
+    if isinstance(value, dict):
+        value = list(value.values())
+    return any(_holds(each, part) for each in value) if isinstance(value, list) else value is part or value == part
+
+
 def plain(value: Any) -> Any:
     """A value with a type of its own as text: what is taught must not depend on how Python happens to show an object.
 
     Timestamps as "2024-03-15 12:30:00", with fractions and the offset ("+00:00") where they have them; dates and times
     likewise (ISO 8601); durations as "1 day, 6:00:00"; decimals with all their digits, "1.10"; booleans as "true" and
-    "false"; bytes as the UTF-8 text that they hold; NaN is None, as in JSON. Integers, floats, text, lists and objects
-    stay as they are. Raises UnicodeDecodeError for other bytes.
+    "false"; bytes as the UTF-8 text they hold; NaN is None, as in JSON. Integers, floats and text stay as they
+    are; lists and objects hold what is so written. Raises UnicodeDecodeError for other bytes.
     """
+    if isinstance(value, list):
+        return [plain(each) for each in value]
+    if isinstance(value, dict):
+        return {name: plain(each) for name, each in value.items()}
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float) and math.isnan(value):
@@ -214,38 +258,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, decimal.Decimal):
         return f"{value:f}"
     return value.decode("utf-8") if isinstance(value, bytes) else value
-
-
-def split_files(folder: Path, split: str) -> list[Path]:
-    """The file of a folder that is a split's by its whole name, such as train.jsonl, or all its numbered shards.
-
-    "train_socratic.jsonl" and "train.old.jsonl" are not "train". Where none of the folder's own files is, those of the
-    folders below it are looked at. A folder with one file alone has it as its training rows. Empty if there is none.
-    Raises CorpusError if several could be meant.
-    """
-    names = _NAMES.get(split, (split,))
-    for depth in range(DEPTH + 1):
-        there = sorted(
-            path for path in folder.glob("/".join(["*"] * (depth + 1))) if path.is_file() and row_format(path)
-        )
-        found = [path for path in there if _stem(path) in names]
-        if not found and split == "train" and len(there) == 1 and depth == 0 and _stem(there[0]) not in _held_out():
-            found = there
-        sets = {(path.parent, _SHARD.sub("", path.name.split(".")[0])) for path in found}
-        whole = len(found) == 1 or all(_SHARD.search(path.name.split(".")[0]) for path in found)
-        if len(sets) > 1 or not whole:
-            listed = ", ".join(str(path.relative_to(folder)) for path in found)
-            raise CorpusError(f"{str(folder)!r} has several files that could be its split {split}: {listed}; name one")
-        if found:
-            return found
-    return []
-
-
-def _held_out() -> set[str]:
-    return {name for split in ("validation", "test") for name in _NAMES[split]}
-
-
-def _stem(path: Path) -> str:
-    """The name without its format, in lower case: "train.old" of "train.old.jsonl.gz"."""
-    name = re.sub(r"\.gz$", "", path.name.lower())
-    return _SHARD.sub("", name.rpartition(".")[0])

@@ -22,12 +22,16 @@ Maker = Callable[[str, str], Example]  # (question, answer) -> example
 
 @dataclass(frozen=True)
 class Origin:
-    """Where rows are from, how many there are, and how many of them have their question as the answer."""
+    """Where rows are from, how many there are, and how many of them have their question as the answer.
+
+    unread: fields of theirs that the form they were recognised by does not read.
+    """
 
     source: str
     split: str
     read: int
     echoes: int = 0
+    unread: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self.source if row_format(self.source) else f"{self.source} ({self.split})"
@@ -72,7 +76,7 @@ def read_part(source: str, split: str, make: Maker, question: str = "", answer: 
 
     question, answer: fields; without both, see `row_forms`. Raises TaskError if every answer is its own question.
     """
-    rows = exchanges(source, split, question, answer)
+    rows, unread = exchanges(source, split, question, answer)
     part, echoes = Part({}, Origin(source, split, len(rows)), Counter()), 0
     for number, row in enumerate(tqdm(rows, desc=one_line(f"read {source}"), unit="row", disable=len(rows) < LONG), 1):
         asked, told = (text_of(value, source) for value in (row.question, row.answer))
@@ -93,7 +97,7 @@ def read_part(source: str, split: str, make: Maker, question: str = "", answer: 
             f"every answer in {source!r} is its own question ({fields}); the first is "
             f"{textwrap.shorten(first, 120)!r}; name the field that holds the answers"
         )
-    part.origin = Origin(source, split, len(rows), echoes)
+    part.origin = Origin(source, split, len(rows), echoes, tuple(unread))
     return part
 
 
@@ -109,6 +113,8 @@ def row_notes(parts: Mapping[str, Part], judge: Scorer) -> list[str]:
         if total := counts.total():
             reasons = ", ".join(told(why, n, first[origin].get(why)) for why, n in counts.most_common() if n)
             lines.append(f"{total:,} of {origin.read:,} rows of {origin} left out: {reasons}")
+        if origin.unread:
+            lines.append(f"fields of {origin} that are not read: {', '.join(origin.unread)}")
         if origin.echoes:
             lines.append(f"{origin.echoes:,} of {origin.read:,} rows of {origin} have their question as the answer")
     for split in SPLITS:

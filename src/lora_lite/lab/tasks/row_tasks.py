@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from lora_lite.lab.tasks.row_parts import LONG, Part, read_part, row_notes, told
 from lora_lite.lab.tasks.scoring import RIGHT, Finder, Scorer, finder, mentions_number, numeric, scorer
+from lora_lite.lab.tasks.spread import spread
 from lora_lite.lab.tasks.task import (
     SPLITS,
     Example,
@@ -111,7 +112,8 @@ def jsonl_task(
 
     question, answer: names of the fields; without them, those of a known form are taken (`row_forms.FORMS`).
     score: "exact", "numeric" or "regex" (with its pattern); see `scoring`.
-    validation, test: files of their own; without one, that split is the rows whose content hash falls into its share.
+    validation, test: files of their own; without one, that split is the rows whose content hash falls into its share,
+    or one row of a file so small that none does.
     chat: False for plain prompts, without the model's chat template. instruction: the system message of a chat.
     template, drop: see `build_prompt`. max_new_tokens: what an answer may take; None measures it.
     """
@@ -126,10 +128,11 @@ def jsonl_task(
     parts = {split: read_part(file, split, make, question, answer) for split, file in given.items() if file}
     shares = {split: Part({}, whole.origin, Counter()) for split in SPLITS if split not in parts}
     shares["train"].left_out, shares["train"].first = whole.left_out, whole.first
-    for example in whole.examples.values():
-        share = split_of(example.prompt)
-        share = share if share in shares else "train"
-        shares[share].add(example, several=share == "train")
+    by_content = {key: split_of(example.prompt) for (key, _), example in whole.examples.items()}
+    own = {key: split if split in shares else "train" for key, split in by_content.items()}
+    own = spread(own, tuple(shares))
+    for (key, _), example in whole.examples.items():
+        shares[own[key]].add(example, several=own[key] == "train")
     return assemble(str(path), {**parts, **shares}, judge, find, max_new_tokens=max_new_tokens)
 
 

@@ -1,6 +1,5 @@
 """Scores of answers: pure functions of two texts, the reference answer and the one that is given.
 
-final_number("16 - 3 = 13 eggs.\\n#### 13")            # Decimal("13")
 numeric("#### 1/2", "It is 0.5.")                     # 1.0
 numeric("#### 1,234", "So the answer is $1234.00.")    # 1.0
 scorer("regex", r"colou?r: (\\w+)")("color: red", "The colour: red")    # 1.0
@@ -8,11 +7,11 @@ scorer("regex", r"colou?r: (\\w+)")("color: red", "The colour: red")    # 1.0
 
 import re
 import unicodedata
-from collections import deque
 from collections.abc import Callable
 
 from lora_lite.errors import LoraLiteError
-from lora_lite.lab.tasks.number_tokens import INVISIBLE, NUMBER, Number, numbers, plain, value
+from lora_lite.lab.tasks.final_numbers import amounts, final_amount, reference_amount
+from lora_lite.lab.tasks.number_tokens import INVISIBLE, NUMBER, numbers, plain
 from lora_lite.lab.tasks.patterns import PatternError, PatternTimeout
 from lora_lite.lab.tasks.patterns import pattern as compiled
 
@@ -20,19 +19,6 @@ RIGHT = 1 - 1e-6  # an answer with this score is right; verifiers work in floats
 
 Scorer = Callable[[str, str], float]  # (reference answer, given answer) -> score in [0, 1]
 Finder = Callable[[str, str], bool]  # (reference answer, reply) -> whether the answer is anywhere in the reply
-
-_MARK = "####"  # GSM8K's, before the answer
-# The mark with its answer, "#### 7" or "#### Total: 7"; in "#### Step 1" it is a heading of Markdown.
-_MARKED = re.compile(r"####(?!#)(?:[^\n\d#]*[:=])?(?:\\boxed|[^\w#])*?(?=-?[$€£¥₹]?\.?[0-9])")
-_HEADING = re.compile(r"(\d\d?)[.):][ \t*_]+[^\W\d_]")  # the number in "#### 1. Understand the question"
-_SPOKEN = re.compile(r"the\s+answer\s+is", re.IGNORECASE)  # MetaMathQA's
-_BOXED = re.compile(r"\\boxed\s*\{", re.IGNORECASE)  # MATH's
-# What may stand between two numbers of one calculation: a unit, then operators, brackets and currencies.
-_OPERATION = re.compile(
-    r"[%°]?(?:\s*[^\W\d_]+(?:/[^\W\d_]+)?)?[\s()\[\]{}$€£¥₹<>]*"
-    r"(?:(?:[-+*/=]|\b(?:times|plus|minus|over|x|divided\s+by|multiplied\s+by|equals)\b)[\s()\[\]{}$€£¥₹<>]*)+",
-    re.IGNORECASE,
-)
 
 
 class ScoringError(LoraLiteError, ValueError):
@@ -43,68 +29,18 @@ class SlowScoring(ScoringError):
     """A pattern took too long in a text."""
 
 
-def final_number(text: str) -> Number | None:
-    """The number that a text comes to; None if there is none.
-
-    It is the first number after the last "####"; without that mark, the first after the last "The answer is" (in any
-    case); without either, the first after the last "\\boxed{"; else the last number of the text. Of a calculation
-    there, it is the result: of "3 * 6 = 18" 18. A "####" that begins a heading ("#### Step 1") counts only where
-    nothing else marks the answer. A mark that no number follows gives None: a number in the reasoning before it is not
-    the answer. Currency, thousands separators, units, percent signs and a full stop at the end do not count:
-    "-$1,234.50." is -1234.5, "50%" is 50. How numbers are written, and the values of times and dates: `number_tokens`.
-    """
-    text = plain(text)
-    if answer := _after_mark(text):
-        return _stated(answer)
-    if spoken := _last(_SPOKEN, text):
-        return _stated(text[spoken.end() :])
-    if boxed := _last(_BOXED, text):
-        return _stated(text[boxed.end() :])
-    heading, _, below = text.rpartition(_MARK)[2].partition("\n") if _MARK in text else ("", "", text)
-    number = _last(NUMBER, below) or NUMBER.search(heading)
-    return value(number) if number else None
-
-
-def _after_mark(text: str) -> str:
-    """What stands after the last "####" with an answer; "" if there is none."""
-    marks = list(_MARKED.finditer(text))
-    for mark in reversed(marks):
-        heading = _HEADING.match(text, mark.end())
-        if not (heading and int(heading[1]) <= len(marks)):
-            return text[mark.end() :]
-    return ""
-
-
-def _stated(text: str) -> Number | None:
-    """The number that a text begins with, or the result where that is a calculation: its first side of one number."""
-    sides: list[list[re.Match[str]]] = []
-    end = 0
-    for number in numbers(text):
-        between = text[end : number.start("parts") if number["parts"] else number.start("digits")]
-        if sides and not (_OPERATION.fullmatch(between) or (number["sign"] and between.strip() == "-")):
-            break
-        if not sides or "=" in between or "equals" in between.casefold():
-            sides.append([])
-        sides[-1].append(number)
-        end = number.end()
-    if not sides:
-        return None
-    return value(next((side[0] for side in sides if len(side) == 1), sides[0][0]))
-
-
-def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
-    return next(iter(deque(pattern.finditer(text), maxlen=1)), None)
-
-
 def exact(reference: str, answer: str) -> float:
     """1 if the answer is the reference; case, blanks and the encoding of accents do not count: see `normal`."""
     return float(normal(reference) == normal(answer))
 
 
 def numeric(reference: str, answer: str) -> float:
-    """1 if the final numbers of both are exactly equal (18.00 is 18, 0.5 is 1/2); 0 where either has none."""
-    expected = final_number(reference)
-    return float(expected is not None and expected == final_number(answer))
+    """1 if the reference's one number is exactly the answer's final one (18.00 is 18, 0.5 is 1/2); else 0.
+
+    0 too where the reference is no single number, such as "(1, 2)" or "3√2": see `final_numbers.reference_amount`.
+    """
+    expected, found = reference_amount(reference), final_amount(answer)
+    return float(expected is not None and found is not None and expected.same(found))
 
 
 def regex(pattern: str) -> Scorer:
@@ -176,10 +112,10 @@ def mentions(reference: str, answer: str) -> bool:
 def mentions_number(reference: str, answer: str) -> bool:
     """Whether the number that the reference comes to is anywhere among the numbers of the answer, read as by `numeric`.
 
-    False where the reference has none.
+    False where the reference is no single number.
     """
-    expected = final_number(reference)
-    return expected is not None and any(value(number) == expected for number in numbers(plain(answer)))
+    expected = reference_amount(reference)
+    return expected is not None and any(expected.same(found) for found in amounts(answer))
 
 
 def finder(kind: str, pattern: str = "") -> Finder:

@@ -22,6 +22,7 @@ from typing import Any
 from lora_lite.errors import LoraLiteError
 from lora_lite.lab.tasks.patterns import PatternError, pattern
 from lora_lite.lab.tasks.scoring import RIGHT, Finder, Scorer, SlowScoring, exact, mentions, normal
+from lora_lite.lab.tasks.spread import spread
 
 # Shares of the content space, in percent. Membership is a hash of the prompt, so it depends neither on the seed nor on
 # how many examples are drawn: two runs, or two machines, can never train on each other's test items.
@@ -124,7 +125,8 @@ class Task:
         if len(found) < n:
             raise TaskError(
                 f"the task {self.name!r} has only {len(found)} distinct {split} examples, {n} were asked for; "
-                "ask for fewer, or make the task larger: wider parameters of a generator, more rows of a file"
+                "ask for fewer, or make the task larger: wider parameters of a generator, more rows of a file "
+                "(one of fewer than three different questions has none for every split)"
             )
         return found
 
@@ -288,8 +290,7 @@ def from_splits(name: str, parts: Mapping[str, Sequence[Example]], verify: Verif
 
 
 def from_examples(name: str, examples: Sequence[Example], verify: Verifier = EXACT, **options: Any) -> Task:
-    """A task from one finite list, split by content. options: further fields of Task."""
-    parts: dict[str, list[Example]] = {split: [] for split in SPLITS}
-    for example in examples:
-        parts[split_of(example.prompt)].append(example)
+    """A task from one finite list, split by content; each split has some, from three questions on. options: see Task."""
+    split = spread({content_key(example.prompt): split_of(example.prompt) for example in examples}, tuple(SPLITS))
+    parts = {name: [example for example in examples if split[content_key(example.prompt)] == name] for name in SPLITS}
     return from_splits(name, parts, verify, **options)

@@ -79,14 +79,19 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, instruction: 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[int]:
     """Token ids of an example's prompt, ready for the answer: no end token behind it, whatever the tokenizer adds.
 
-    A chat template writes its own special tokens. Names of special tokens in the example's texts are plain text.
+    A chat template writes its own special tokens; an end token that it leaves behind the whole is taken off, for a
+    reply does not follow one. Names of special tokens in the example's texts are plain text.
     """
     text = render_prompt(tokenizer, example.prompt, example.instruction, example.chat)
     if not (example.chat and tokenizer.chat_template):
         return start_ids(tokenizer) + literal_ids(tokenizer, text)
     if any(name in example.prompt or name in example.instruction for name in control_tokens(tokenizer)):
-        return pieces_ids(tokenizer, chat_pieces(tokenizer, example.prompt, example.instruction))
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = pieces_ids(tokenizer, chat_pieces(tokenizer, example.prompt, example.instruction))
+    else:
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    while ids and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()
+    return ids
 
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
@@ -139,22 +144,6 @@ def require_end(tokenizer: PreTrainedTokenizerBase) -> int:
             'that ends a turn, or "eos_token" in its tokenizer_config.json'
         )
     return cast(int, tokenizer.eos_token_id)
-
-
-def require_positions(model: PreTrainedModel, tokens: int, what: str) -> None:
-    """Raise DataError if `what`, which takes `tokens` tokens, is longer than the model has positions.
-
-    A model that was extended by scaling its rotary positions, or that has none, takes any length.
-    """
-    config = model.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    scaled = any(kind not in ("default", None) for kind in (rope.get("rope_type"), rope.get("type")))
-    if isinstance(positions, int) and 0 < positions < tokens and not scaled:
-        raise DataError(
-            f"{what} takes {tokens} tokens, and the model has {positions} positions; shorten the prompts (drop=..., "
-            "chat=False), lower max_new_tokens or max_length, or take a model with more positions"
-        )
 
 
 def _why_none(examples: Sequence[Example], items: Sequence[Encoded], max_length: int) -> str:

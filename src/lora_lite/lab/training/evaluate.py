@@ -20,8 +20,8 @@ from lora_lite.lab.training.data import (
     collate,
     left_pad,
     prompt_ids,
-    require_positions,
 )
+from lora_lite.lab.training.limits import require_fit
 from lora_lite.printable import one_line
 from lora_lite.tokens import decode
 
@@ -154,7 +154,7 @@ def generate(
     """
     if batch_size < 1 or max_new_tokens < 1:
         raise EvaluationError(f"batch_size and max_new_tokens are 1 or more, got {batch_size} and {max_new_tokens}")
-    require_positions(model, max(map(len, prompts), default=0) + max_new_tokens, "the longest prompt with its reply")
+    require_fit(model, prompts, "the longest prompt with its reply", max_new_tokens)
     stops = stop_ids(model, tokenizer)
     if not stops:
         raise EvaluationError(
@@ -193,7 +193,7 @@ def answer_loss_of(
     """
     if not items or batch_size < 1:
         raise EvaluationError(f"a loss needs items and a batch_size of 1 or more, got {len(items)} and {batch_size}")
-    require_positions(model, max(map(len, items)), "the longest text")
+    require_fit(model, items, "the longest text")
     total, tokens = 0.0, 0
     with eval_mode(model), torch.no_grad():
         for batch in length_batches([len(item) for item in items], batch_size):

@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from lora_lite.lab.folders import unwritable
+
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
@@ -18,7 +20,11 @@ def hold(path: Path) -> Iterator[str]:
 
     A file system without locks keeps nobody apart: "" as well.
     """
-    with open(path, "a+", encoding="utf-8", errors="replace") as file:
+    try:
+        file = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115  (closed below)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -27,7 +27,8 @@ from lora_lite.lab.training.checkpoints import (
     restore_optimizer,
     save_checkpoint,
 )
-from lora_lite.lab.training.data import BatchOrder, Encoded, answer_loss, collate, require_positions
+from lora_lite.lab.training.data import BatchOrder, Encoded, answer_loss, collate
+from lora_lite.lab.training.limits import require_fit
 from lora_lite.lab.training.progress import Progress, TrainConfig
 
 
@@ -66,7 +67,7 @@ def train(
         TrainingError: a loss that is not finite, an adapter that never ran, or a checkpoint of another run.
         CheckpointWriteError: no room for a checkpoint; the one before it is still there.
     """
-    require_positions(model, max(map(len, items), default=0), "the longest example")
+    require_fit(model, items, "the longest example")
     accelerator = Accelerator(cpu=model.device.type == "cpu")
     found = last_checkpoint(folder) if folder is not None and resume else None
     att = ll.load(model, found / ADAPTER, name=name, overwrite=True) if found else ll.attachment(model, name)
@@ -121,8 +122,21 @@ def _step(accelerator: Accelerator, model: Any, batch: Sequence[Encoded], pad: i
     mean = float(accelerator.reduce(share, "sum"))  # pyright: ignore[reportArgumentType]
     if not math.isfinite(mean):  # asked of the sum, so that all processes stop together
         model.zero_grad()
-        raise TrainingError(f"the loss is {mean}: lower the learning rate, or look at the data")
+        raise TrainingError(_why_not_finite(accelerator, model, inputs, mean))
     return mean
+
+
+def _why_not_finite(accelerator: Accelerator, model: Any, inputs: dict[str, torch.Tensor], loss: float) -> str:
+    """A loss that is not finite, and whether it is the base's own on these inputs: no rate would mend that."""
+    bare = accelerator.unwrap_model(model)
+    with torch.no_grad(), ll.disabled(bare):
+        own = float(answer_loss(bare, inputs)[0])
+    if math.isfinite(own):
+        return f"the loss is {loss}: lower the learning rate, or look at the data"
+    return (
+        f"the base's own loss is {own}, without any adapter: its weights are damaged, or too large for the dtype "
+        f"{str(bare.dtype).removeprefix('torch.')}; fetch the model anew, or give --dtype float32"
+    )
 
 
 def _optimizer(model: PreTrainedModel, cfg: TrainConfig, peak: float, name: str) -> torch.optim.Optimizer:

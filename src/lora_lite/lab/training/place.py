@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_lite.lab.errors import RunError
+from lora_lite.lab.folders import make_folder, unwritable
 from lora_lite.lab.training.checkpoints import checkpoints_in
 from lora_lite.lab.training.locks import hold
 
@@ -34,7 +35,11 @@ class Place:
 
     def require_fit(self) -> None:
         """Raise `RunError` where nothing is there to resume, or an earlier run would be lost."""
-        if self.out.exists() and not self.out.is_dir():
+        try:
+            there = self.out.exists()
+        except OSError as error:  # a name too long, or a folder above it that may not be read
+            raise unwritable(self.out, error) from error
+        if there and not self.out.is_dir():
             raise RunError(f"--out {self.out} is a file: give a folder, existing or new")
         finished, stopped = self.result.exists(), bool(checkpoints_in(self.checkpoints))
         if self.resume and finished:
@@ -64,7 +69,7 @@ class Place:
         if os.environ.get("RANK", "0") != "0":
             yield
             return
-        self.out.mkdir(parents=True, exist_ok=True)
+        make_folder(self.out)
         with hold(self.out / ".lock") as holder:
             if holder:
                 raise RunError(f"another run is writing to {self.out} ({holder}): wait for it, or give another --out")

@@ -1,0 +1,19 @@
+"""A small list of questions still has some in each split."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+
+def spread(found: Mapping[bytes, str], splits: Sequence[str]) -> dict[bytes, str]:
+    """Question key -> split, with a question in each of `splits` if there are that many.
+
+    found: the splits that the questions' contents give. An empty one takes the question with the smallest key of the
+    largest, so that the result depends on the set of questions alone, not on their order.
+    """
+    shared = dict(found)
+    for split in splits:
+        counts = Counter(shared.values())
+        if not counts[split] and len(shared) >= len(splits):
+            largest = max(splits, key=lambda name: counts[name])
+            shared[min(key for key, where in shared.items() if where == largest)] = split
+    return shared
