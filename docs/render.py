@@ -24,7 +24,10 @@ from lora_lite.lab.report import tables
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "lora_lite"
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("s-space", "lab", "methods", "architecture", "api"))]
+PAGES = [
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("s-space", "lab", "methods", "architecture", "api")),
+]
 LINE = 88  # characters of a line in the tree, without its name
 WIDTH = 1024  # of the layer whose trained values the table of methods counts
 
@@ -173,7 +176,9 @@ def words() -> str:
         zip(items, base["completions"], lora["completions"], lora["scores"], strict=False), 3
     ):
         cells = [question, before, after]
-        lines.append(f"| {' | '.join(tables.as_markdown(' '.join(cell.split())) for cell in cells)} | {'yes' if score == 1 else 'no'} |")
+        lines.append(
+            f"| {' | '.join(tables.as_markdown(' '.join(cell.split())) for cell in cells)} | {'yes' if score == 1 else 'no'} |"
+        )
     return "\n".join(lines)
 
 
@@ -256,8 +261,9 @@ def study_of(name: str) -> str:
     """What a committed study found: its question, its table, what it lacks, and where it was measured."""
     found = analyse(ROOT / "results" / name)
     setup = "; ".join(f"{label}: {value}" for label, value in found.setup.items() if label != "data")
-    lines = [found.about, "", f"`{found.command}`, {tables.headline(found)}. {setup}.", "", tables.markdown(found), ""]
-    lines += [*found.notes, "", *lacks(found)]
+    about = tables.as_markdown(f"{tables.headline(found)}. {setup}.")
+    lines = [found.about, "", f"`{found.command}`, {about}", "", tables.markdown(found), ""]
+    lines += [*(f"- {note}" for note in found.notes), "", *lacks(found)]
     lines += [f"Failed: {words}." for words in found.failures]
     return "\n".join([*lines, "", *(f"- {machine}" for machine in found.machines)])
 

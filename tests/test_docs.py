@@ -1,6 +1,7 @@
 """The code blocks of README and docs run, in the order in which a reader meets them; generated parts are up to date."""
 
 import re
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -55,7 +56,9 @@ def test_the_readme_is_short() -> None:
 def test_every_folder_of_the_package_stands_in_the_tree() -> None:
     tree = (ROOT / "docs" / "architecture.md").read_text()
     for file in (ROOT / "src" / "lora_lite").rglob("__init__.py"):
-        assert re.search(rf"^ *(src/)?{file.parent.name}/ +\w|^ *{file.parent.name}/ +`", tree, flags=re.MULTILINE), file
+        assert re.search(rf"^ *(src/)?{file.parent.name}/ +\w|^ *{file.parent.name}/ +`", tree, flags=re.MULTILINE), (
+            file
+        )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -70,3 +73,19 @@ def test_where_something_new_belongs_is_there() -> None:
     for path in re.findall(r"`((?:\w+/)*\w+\.py|(?:\w+/)+)`", table):
         folders = (ROOT, ROOT / "src" / "lora_lite", *(ROOT / "src" / "lora_lite" / "lab").iterdir())
         assert any((folder / path).exists() for folder in (*folders, ROOT / "src/lora_lite/lab/report/page")), path
+
+
+@pytest.mark.slow
+def test_the_site_builds_strictly_and_holds_reference_and_results(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="the extra `docs` is not installed")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    api = (tmp_path / "api.html").read_text()
+    for name in ("lora_lite.attach", "lora_lite.scale", "lora_lite.methods.lora.LoRAConfig"):
+        assert f'id="{name}"' in api, name
+    assert (tmp_path / "results" / "methods" / "index.html").exists()
+    home = (tmp_path / "index.html").read_text()
+    assert "laws.html" in home and "docs/laws" not in home and "<table>" in home
