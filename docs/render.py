@@ -136,8 +136,9 @@ def room(parts: tuple[str, ...]) -> str:
 
 
 def levels() -> str:
-    """Rooms by level: each imports only from levels below its own. `lora_lite` is the package's own list of names. An error
-    where imports go round in a circle.
+    """Rooms by level: each imports only from levels below its own. `lora_lite` is the list of public names.
+
+    An error where imports go round in a circle.
     """
     below: dict[str, set[str]] = {}
     for file in SOURCE.rglob("*.py"):
@@ -176,9 +177,8 @@ def words() -> str:
         zip(items, base["completions"], lora["completions"], lora["scores"], strict=False), 3
     ):
         cells = [question, before, after]
-        lines.append(
-            f"| {' | '.join(tables.as_markdown(' '.join(cell.split())) for cell in cells)} | {'yes' if score == 1 else 'no'} |"
-        )
+        shown = " | ".join(tables.as_markdown(" ".join(cell.split())) for cell in cells)
+        lines.append(f"| {shown} | {'yes' if score == 1 else 'no'} |")
     return "\n".join(lines)
 
 
@@ -199,7 +199,8 @@ def demo() -> str:
             f"{sum(found['seconds'].values()):.0f} s and {found['peak_memory_mb']:.0f} MB, with a file of "
             f"{found['adapter_bytes'] / 1e6:.1f} MB"
         )
-    return f"Trained longer, {'; '.join(runs)} ({found['items']} held-out items, {found['dtype']}, {found['device']}, one seed, which says nothing about which is better)."
+    machine = f"{found['items']} held-out items, {found['dtype']}, {found['device']}, one seed"
+    return f"Trained longer, {'; '.join(runs)} ({machine}, which says nothing about which is better)."
 
 
 def spectra() -> str:

@@ -1,7 +1,7 @@
 """The site's hook: pages from outside of docs/, results beside them, and links that hold where the pages stand.
 
-Pages are written for a reader of the repository, so a link leads from a file to a file. Here each is led to the page that
-the file became; one to a source file becomes its name.
+Pages are written for a reader of the repository, so a link leads from a file to a file. Here each is led to the page
+that the file became; one to a source file becomes its name.
 """
 
 import posixpath

@@ -1,11 +1,10 @@
 """The code blocks of README and docs run, in the order in which a reader meets them; generated parts are up to date."""
 
-import re
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
-
 from typing import Any
 
 import pytest

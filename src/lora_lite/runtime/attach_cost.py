@@ -15,7 +15,7 @@ class AttachCost:
     """What `attach` cost.
 
     Attributes:
-        seconds: "calibration" (the pass over the data), "factorisation" (making the adapters: initial values and bases),
+        seconds: "calibration" (the pass over the data), "factorisation" (making adapters: initial values, bases),
             "build" (`derive`: the tensors that no file holds). Finding targets and hooking layers is in none of them.
         tokens: calibration tokens that reached a layer, at most.
         statistics_bytes: memory of the statistics.

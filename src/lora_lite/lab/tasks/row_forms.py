@@ -18,7 +18,7 @@ class Exchange:
     question: Any
     answer: Any
     system: str = ""
-    left_out: str = ""  # why the row does not serve, where the form itself tells
+    left_out: str = ""  # why the row does not serve, where the form itself shows it
 
 
 @dataclass(frozen=True)
