@@ -29,8 +29,8 @@ class scale:
     Backward may run after the end, on any thread: a checkpoint's recomputation uses its forward's coefficient.
     A `deepcopy` or pickle made in a block has what all threads share, not the block's.
 
-    One that is kept in a variable acts as if called by itself until it is entered. (Since it looks like one that is about
-    to be, another thread that uses the model first waits for up to a second.) A compiled model reads the
+    One that is kept in a variable acts as if called by itself until it is entered. (Since it looks like one that is
+    about to be, another thread that uses the model first waits for up to a second.) A compiled model reads the
     block that its thread entered last, so tasks of one thread must not take turns within their blocks; and other
     threads see one that is kept in a variable only after its own thread has used the model uncompiled.
 
