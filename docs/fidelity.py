@@ -2,7 +2,9 @@
 
 import importlib
 import re
+import textwrap
 from pathlib import Path
+from typing import Any
 
 import tomllib
 
@@ -17,16 +19,23 @@ Written by `python docs/render.py` from `docs/fidelity.toml` and the registry.
 """
 
 
-def entries() -> dict[str, dict[str, list]]:
+def entries() -> dict[str, dict[str, Any]]:
     """The hand-written part, by method."""
     return tomllib.loads((HERE / "fidelity.toml").read_text())
 
 
 def formula(method: str) -> str:
-    """The indented lines at the head of the method's file."""
+    """The formula: the second paragraph at the head of the method's file."""
     doc = importlib.import_module(ll.methods()[method].__module__).__doc__ or ""
-    lines = [line for line in doc.splitlines() if line.startswith("    ")]
-    return "\n".join(lines)
+    return textwrap.indent(textwrap.dedent(doc.split("\n\n")[1].strip("\n")), "    ")
+
+
+def reference(entry: dict[str, Any]) -> list[str]:
+    """A line for the code that was read beside the paper, if there is a link to it."""
+    if "code" not in entry:
+        return []
+    owner, repository, _, commit, path = entry["code"].removeprefix("https://github.com/").split("/", 4)
+    return [f"Reference code: [{owner}/{repository}, {path} at {commit[:7]}]({entry['code']}).", ""]
 
 
 def page() -> str:
@@ -42,6 +51,7 @@ def page() -> str:
             "",
             f"Paper: {entry['paper']}",
             "",
+            *reference(entry),
             f"Ours:\n\n{formula(method)}",
             "",
         ]

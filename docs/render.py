@@ -3,14 +3,18 @@
 A generated part stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; docs/fidelity.md is generated whole.
 """
 
+import ast
+import inspect
 import itertools
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import fidelity
+import torch
 
 import lora_lite as ll
 from lora_lite.cli import facts
@@ -19,7 +23,13 @@ from lora_lite.lab.findings.findings import Findings
 from lora_lite.lab.report import tables
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "docs" / "s-space.md", ROOT / "docs" / "lab.md"]
+SOURCE = ROOT / "src" / "lora_lite"
+PAGES = [
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("s-space", "lab", "methods", "architecture", "api")),
+]
+LINE = 88  # characters of a line in the tree, without its name
+WIDTH = 1024  # of the layer whose trained values the table of methods counts
 
 
 def result(name: str) -> Any:
@@ -27,52 +37,170 @@ def result(name: str) -> Any:
     return json.loads((ROOT / "results" / f"{name}.json").read_text())
 
 
-def methods() -> str:
-    """The table of methods, from the registry."""
+def methods_short() -> str:
+    """The README's table of methods: what each does in a line."""
     lines = [
-        "| method | paper | acts | needs data | starts at the base | settings |",
-        "|---|---|---|---|---|---|",
+        f"| method | what is trained | needs data | values in a layer of {WIDTH:,} x {WIDTH:,} |",
+        "|---|---|---|---|",
+    ]
+    for name, cls in ll.methods().items():
+        data = "yes" if facts(cls)["needs"] else "no"
+        lines.append(f"| [`{name}`](docs/fidelity.md#{name}) | {one_line(cls)} | {data} | {trained_values(cls):,} |")
+    return "\n".join(lines)
+
+
+def one_line(cls: type[ll.Adapter]) -> str:
+    """The first sentence of the class's docstring, without what it says of c."""
+    return re.split(r"[.;](?=\s|$)", inspect.getdoc(cls) or "", maxsplit=1)[0]
+
+
+def trained_values(cls: type[ll.Adapter]) -> int:
+    """Trained values of an adapter with default settings."""
+    with torch.device("meta"):
+        adapter = cls(cls.Config(), WIDTH, WIDTH)
+    return sum(value.numel() for value in adapter.parameters() if value.requires_grad)
+
+
+def methods() -> str:
+    """The table of methods with their settings, from the registry. "After": not the paper's own method."""
+    lines = [
+        "| method | paper | acts | needs data | merges | starts at the base | learning rate (range) | settings |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     common = {field for field in ll.AdapterConfig().to_dict()} - {"r", "alpha", "target_names"}
+    entries = fidelity.entries()
     for name, cls in ll.methods().items():
         known = facts(cls)
-        paper = f"[{cls.facts.title}](https://arxiv.org/abs/{cls.facts.arxiv})"
+        after = "after " if entries[name].get("after") else ""
+        paper = f"{after}[{cls.facts.title}](https://arxiv.org/abs/{cls.facts.arxiv})"
         start = "exactly" if known["identity_bound"] == 0 else f"to {known['identity_bound']:.0e}"
+        low, high = known["lr_range"]
+        rate = f"{known['lr']:g} ({low:g} to {high:g})" if known["trained"] else "not trained"
         settings = ", ".join(
             f"`{key}={value!r}`" for key, value in known["config"].items() if key not in common and value
         )
-        data = "yes" if known["needs"] else "no"
+        data, merges = ("yes" if known[key] else "no" for key in ("needs", "affine"))
         lines.append(
-            f"| `{name}` | {paper} | {known['acts']} | {data} | {start} | {settings.replace('|', chr(92) + '|')} |"
+            f"| [`{name}`](fidelity.md#{name}) | {paper} | {known['acts']} | {data} | {merges} | {start} | {rate} | "
+            f"{settings.replace('|', chr(92) + '|')} |"
         )
     return "\n".join(lines)
+
+
+def lora_class() -> str:
+    """The class LoRA, without its registration."""
+    source = inspect.getsource(ll.methods()["lora"])
+    return f"```py\n{source[source.index('class LoRA') :].rstrip()}\n```"
+
+
+def summary(file: Path) -> str:
+    """The first sentence of a module's docstring."""
+    doc = ast.get_docstring(ast.parse(file.read_text())) or ""
+    first = re.split(r"(?<=[.?])\s", " ".join(doc.split("\n\n")[0].split()), maxsplit=1)[0].rstrip(".")
+    return first if len(first) <= LINE else re.split(r"[,:;](?=[^,:;]*$)", first[:LINE])[0]  # whole clauses that fit
+
+
+def folders(within: Path) -> Iterator[Path]:
+    """The packages below a folder, depth first."""
+    for file in sorted(within.glob("*/__init__.py")):
+        yield file.parent
+        yield from folders(file.parent)
+
+
+def tree() -> str:
+    """Every folder of the package with its line, and the files of the core."""
+    lines = ["```", f"src/lora_lite/{'':<14}{summary(SOURCE / '__init__.py')}"]
+    for file in sorted(SOURCE.glob("*.py")):
+        if file.name != "__init__.py":
+            lines.append(f"  {file.name:<26}{summary(file)}")
+    for folder in folders(SOURCE):
+        indent = "  " * len(folder.relative_to(SOURCE).parts)
+        lines.append(f"{f'{indent}{folder.name}/':<28}{summary(folder / '__init__.py')}")
+        if folder.relative_to(SOURCE).parts[0] not in ("lab", "methods"):
+            for file in sorted(folder.glob("*.py")):
+                if file.name != "__init__.py":
+                    lines.append(f"{f'{indent}  {file.name}':<28}{summary(file)}")
+    return "\n".join([*lines, "```"])
+
+
+def tree_short() -> str:
+    """The folders of the package, a line each."""
+    lines = ["```", "src/lora_lite/"]
+    lines += [f"  {f'{file.parent.name}/':<16}{summary(file)}" for file in sorted(SOURCE.glob("*/__init__.py"))]
+    return "\n".join([*lines, "```"])
+
+
+def room(parts: tuple[str, ...]) -> str:
+    """The folder or single file that a module belongs to; the lab's folders count one by one."""
+    return "/".join(parts[:2]) if parts[0] == "lab" and len(parts) > 2 else parts[0]
+
+
+def levels() -> str:
+    """Rooms by level: each imports only from levels below its own. `lora_lite` is the list of public names.
+
+    An error where imports go round in a circle.
+    """
+    below: dict[str, set[str]] = {}
+    for file in SOURCE.rglob("*.py"):
+        parts = file.relative_to(SOURCE).with_suffix("").parts
+        name = "lora_lite" if parts == ("__init__",) else room(parts)
+        text = file.read_text()
+        found = re.findall(r"^\s*from lora_lite(?: import |\.)([\w.]+)", text, flags=re.MULTILINE)
+        whole = {"lora_lite"} if re.search(r"^\s*import lora_lite\b", text, flags=re.MULTILINE) else set()
+        below.setdefault(name, set()).update(whole, (room(tuple(each.split("."))) for each in found))
+
+    def level(name: str, path: tuple[str, ...] = ()) -> int:
+        if name in path:
+            raise ValueError(f"imports go round in a circle: {' -> '.join((*path, name))}")
+        return 1 + max((level(each, (*path, name)) for each in below.get(name, set()) - {name}), default=-1)
+
+    lines = ["| level | imports only from the levels below |", "|---|---|"]
+    for number, names in itertools.groupby(sorted((-level(name), name) for name in below), key=lambda each: each[0]):
+        lines.append(f"| {-number} | {', '.join(f'`{name}`' for _, name in names)} |")
+    return "\n".join(lines)
+
+
+def api_configs() -> str:
+    """The settings of every method, for the reference."""
+    return "\n".join(f"::: {cls.Config.__module__}.{cls.Config.__name__}" for cls in ll.methods().values())
+
+
+def words() -> str:
+    """The first test items of the study of all methods: what LoRA answers at c = 0 and at c = 1."""
+    folder = ROOT / "results" / "methods"
+    items = json.loads(next((folder / "data").glob("*.json")).read_text())
+    runs = [json.loads(file.read_text()) for file in sorted((folder / "runs").glob("*.json"))]
+    base = next(run for run in runs if run["config"]["kind"] == "base")
+    lora = min((run for run in runs if is_lora(run)), key=lambda run: run["config"]["training"]["seed"])
+    lines = ["| asked | before, c = 0 | after, c = 1 | right? |", "|---|---|---|---|"]
+    for (question, _), before, after, score in itertools.islice(
+        zip(items, base["completions"], lora["completions"], lora["scores"], strict=False), 3
+    ):
+        cells = [question, before, after]
+        shown = " | ".join(tables.as_markdown(" ".join(cell.split())) for cell in cells)
+        lines.append(f"| {shown} | {'yes' if score == 1 else 'no'} |")
+    return "\n".join(lines)
+
+
+def is_lora(run: dict[str, Any]) -> bool:
+    """Whether a run measured LoRA with one of the seeds."""
+    arms = run["config"].get("methods") or [{}]
+    return run["config"]["kind"] == "seed" and [arm.get("variant", arm.get("method")) for arm in arms] == ["lora"]
 
 
 def demo() -> str:
     """What the committed runs of the demo found."""
-    return "\n\n".join(one_demo(name) for name in ("demo", "demo-antipasto"))
-
-
-def one_demo(name: str) -> str:
-    """What one run found."""
-    found = result(name)
-    seconds = found["seconds"]
-    lines = [
-        f"Task `{found['run']['task']}`, {found['items']} held-out items, method `{found['methods'][0]['variant']}`, "
-        f"{found['trainable']:,} trained parameters, {found['dtype']}, {found['device']} ({found['threads']} threads), "
-        f"torch {found['versions']['torch']}, seed {found['training']['seed']} "
-        f"(`make demo VARIANT={found['methods'][0]['variant']}`):",
-        "",
-        "| | before | after |",
-        "|---|---|---|",
-        f"| accuracy | {found['accuracy_before']:.1%} | {found['accuracy_after']:.1%} |",
-        f"| answer anywhere in the reply | {found['mention_rate_before']:.1%} | {found['mention_rate_after']:.1%} |",
-        "",
-        f"{sum(seconds.values()):.0f} s in all, {seconds['train']:.0f} s of it training at "
-        f"{found['tokens_per_second']:.0f} tokens/s; peak memory {found['peak_memory_mb']:.0f} MB; "
-        f"the adapter is a file of {found['adapter_bytes'] / 1e6:.1f} MB.",
-    ]
-    return "\n".join(lines)
+    runs = []
+    for name in ("demo", "demo-antipasto"):
+        found = result(name)
+        runs.append(
+            f"`make demo METHOD={found['methods'][0]['variant']}` trains {found['trainable']:,} values and goes from "
+            f"{found['accuracy_before']:.1%} to {found['accuracy_after']:.1%} right in "
+            f"{sum(found['seconds'].values()):.0f} s and {found['peak_memory_mb']:.0f} MB, with a file of "
+            f"{found['adapter_bytes'] / 1e6:.1f} MB"
+        )
+    machine = f"{found['items']} held-out items, {found['dtype']}, {found['device']}, one seed"
+    return f"Trained longer, {'; '.join(runs)} ({machine}, which says nothing about which is better)."
 
 
 def spectra() -> str:
@@ -90,7 +218,7 @@ def gains() -> str:
     """What the demo's gains became."""
     found = result("pictures")["gains"]
     return (
-        f"After `make demo VARIANT=antipasto`, {found['moved']:.0%} of the {found['gains']:,} gains differ from 1 by "
+        f"After `make demo METHOD=antipasto`, {found['moved']:.0%} of the {found['gains']:,} gains differ from 1 by "
         f"more than 0.05; they lie between {found['smallest']:.2f} and {found['largest']:.2f}."
     )
 
@@ -134,8 +262,9 @@ def study_of(name: str) -> str:
     """What a committed study found: its question, its table, what it lacks, and where it was measured."""
     found = analyse(ROOT / "results" / name)
     setup = "; ".join(f"{label}: {value}" for label, value in found.setup.items() if label != "data")
-    lines = [found.about, "", f"`{found.command}`, {tables.headline(found)}. {setup}.", "", tables.markdown(found), ""]
-    lines += [*found.notes, "", *lacks(found)]
+    about = tables.as_markdown(f"{tables.headline(found)}. {setup}.")
+    lines = [found.about, "", f"`{found.command}`, {about}", "", tables.markdown(found), ""]
+    lines += [*(f"- {note}" for note in found.notes), "", *lacks(found)]
     lines += [f"Failed: {words}." for words in found.failures]
     return "\n".join([*lines, "", *(f"- {machine}" for machine in found.machines)])
 
@@ -153,24 +282,6 @@ def study_methods() -> str:
 def study_gsm8k() -> str:
     """A few methods on GSM8K."""
     return study_of("gsm8k")
-
-
-def study_methods_short() -> str:
-    """The README's few columns of the study of all methods."""
-    found = analyse(ROOT / "results" / "methods")
-    picture = "![accuracy against trained parameters](results/methods/accuracy-parameters.png)"
-    kept = ("method", "accuracy [95%]", f"points against {found.baseline}", "place", "seeds", "rate", "trained")
-    lines = [
-        tables.headline(found) + ":",
-        "",
-        tables.markdown(found, kept),
-        "",
-        *found.notes,
-        "",
-        *lacks(found),
-        picture,
-    ]
-    return "\n".join(lines)
 
 
 def verdicts() -> str:
@@ -222,14 +333,14 @@ def values(found: float | list[float], unit: str = "") -> str:
 PARTS = {
     part.__name__: part
     for part in (
-        methods, demo, spectra, gains, sspace_costs, steering, verdicts,
-        study_methods, study_methods_short, study_gsm8k,
+        methods, methods_short, lora_class, tree, tree_short, levels, api_configs, words, demo, spectra, gains,
+        sspace_costs, steering, verdicts, study_methods, study_gsm8k,
     )
 }  # fmt: skip
 
 
 def render(text: str) -> str:
-    """The page with its generated parts made anew."""
+    """The page with its generated parts made again."""
     for name, make in PARTS.items():
         pattern = rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)"
         if re.search(pattern, text, flags=re.DOTALL):

@@ -39,7 +39,7 @@ def _device_only(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
 
 
 class Adapter(nn.Module):
-    """Base class of the methods. It hangs under its layer as `layer.lora[name]` and never stores the layer.
+    """Base class of the methods. It stands under its layer as `layer.lora[name]` and never stores the layer.
 
     A method defines `__init__(cfg, i, o)` (shapes only, so that it works on the meta device), `init` (values) and at
     least one of `before` (of the input) and `change` (of the output). Everything else follows from `register`.

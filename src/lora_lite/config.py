@@ -75,6 +75,7 @@ class AdapterConfig:
         d_model: width of the residual stream; None: read from the config of the model or of each of its towers, or
             measured where a stage has another.
         seed: seeds the initial values, together with the path of the layer.
+
     Raises:
         ValueError: a field outside its allowed values, which the message lists.
     """

@@ -1,4 +1,4 @@
-"""The library's errors. Each says what is wrong, where, and how to mend it."""
+"""The library's errors. Each says what is wrong, where, and how to fix it."""
 
 
 class LoraLiteError(Exception):

@@ -26,8 +26,10 @@ def param_groups(
         lora_plus_ratio: how many times lr the tensors listed in `lora_plus` (B of a LoRA) learn with; 1: plain.
             Hayou et al. 2024, arXiv:2402.12354, suggest 16.
         names: adapters to train. None: all.
+
     Returns:
         Non-empty groups with `params`, `lr`, `weight_decay` and a `name`.
+
     Raises:
         ValueError: a negative number. StateError: nothing attached, or no adapter of that name.
     """

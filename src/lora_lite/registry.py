@@ -17,6 +17,7 @@ def register(Config: type[AdapterConfig], facts: Facts) -> Callable[[AdapterClas
     Args:
         Config: its config class; one method each.
         facts: its name, paper, learning rate, and what else others ask of it.
+
     Raises:
         ValueError: the name or the config class is taken by another class.
     """

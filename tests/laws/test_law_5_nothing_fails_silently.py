@@ -149,7 +149,7 @@ def test_meta_weights() -> None:
 def test_nested_roots() -> None:
     inner = llama()
     attached(inner.model, "lora")
-    refused(inner, ll.StateError, "hang on the LlamaModel within this model: pass the same module each time")
+    refused(inner, ll.StateError, "attached to the LlamaModel within this model: pass the same module each time")
     outer = llama()
     attached(outer, "lora")
     refused(outer, ll.StateError, "lies within one that has adapters", lambda: ll.attach(outer.model, CFG, name="b"))

@@ -194,7 +194,7 @@ def test_the_coefficient_in_force_is_folded(method: str, c: float) -> None:
         y = output(model, x)
         ll.merge(model)
         assert relative(output(model, x), y) <= TOLERANCE
-    assert relative(output(model, x), y) <= TOLERANCE  # what is folded stays, whatever the dial says later
+    assert relative(output(model, x), y) <= TOLERANCE  # what is folded stays, whatever the coefficient is later
     assert relative(y, full) > 1e-4
     assert (relative(model.layer.weight.detach(), W) <= 1e-15) == (c == 0)
     ll.unmerge(model)

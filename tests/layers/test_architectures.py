@@ -30,7 +30,7 @@ def attach(model: nn.Module, arch: Arch) -> ll.Attachment:
     """Attach with the default targets, or by the way out that the refusal names; fused weights must be reported."""
     cfg = CONFIG
     if not arch.targets:
-        with pytest.raises(ll.TargetError, match=r"does not tell d_model .*LoRAConfig\(d_model=.*target_roles=\(\)"):
+        with pytest.raises(ll.TargetError, match=r"does not say d_model .*LoRAConfig\(d_model=.*target_roles=\(\)"):
             ll.attach(model, cfg)
         cfg = cfg.replace(target_roles=())
     with warnings.catch_warnings(record=True) as caught:

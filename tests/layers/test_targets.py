@@ -220,9 +220,7 @@ def test_d_model_comes_from_the_config_or_is_given() -> None:
 
 
 def test_d_model_unknown() -> None:
-    with pytest.raises(
-        ll.TargetError, match=r"Block\.config does not tell d_model .*hidden_size.*LoRAConfig\(d_model="
-    ):
+    with pytest.raises(ll.TargetError, match=r"Block\.config does not say d_model .*hidden_size.*LoRAConfig\(d_model="):
         select(Block(), ll.LoRAConfig())
     assert len(paths(Block(), target_roles=())) == len(Block.NAMES) + 3
 

@@ -221,7 +221,7 @@ def test_a_basis_as_text_and_back(text: str) -> None:
 @pytest.mark.parametrize("basis", ["asvd", "corda", "corda:power=1.0", "wanda", "wanda:pool=mean_abs"])
 def test_too_few_tokens(basis: str) -> None:
     with pytest.raises(
-        ll.CalibrationError, match="layer: 7 calibration tokens cannot tell r = 8 directions; give more"
+        ll.CalibrationError, match="layer: 7 calibration tokens cannot determine r = 8 directions; give more"
     ):
         ll.attach(OneLayer(24, 16), ll.AntiPaSTOConfig(r=8, basis=basis, target_roles=()), [data(24, 7)])
 

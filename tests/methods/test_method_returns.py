@@ -65,7 +65,7 @@ def test_it_says_what_and_where(how: str) -> None:
     methods, match = WRONG[how]
     model = nn.Sequential(nn.Linear(6, 4))
     ll.attach(model, own(**methods))
-    with pytest.raises(ll.MethodError, match=r"^0: .*method 'own' \(Own\) must return.*mend Own\.") as caught:
+    with pytest.raises(ll.MethodError, match=r"^0: .*method 'own' \(Own\) must return.*fix Own\.") as caught:
         model(X)
     assert re.search(match, str(caught.value)), str(caught.value)
 

@@ -197,7 +197,7 @@ def test_the_order_of_equal_singular_values_does_not_matter(method: str) -> None
 
 @pytest.mark.parametrize("method", CORES)
 def test_parameters_are_born_after_their_basis(method: str, tmp_path: Path) -> None:
-    """Neither attaching anew nor loading over leaves a core on a basis that it was not made for."""
+    """Neither attaching again nor loading over leaves a core on a basis that it was not made for."""
     model, adapter = attached(method, side="output")
     first = bits(adapter)
     perturb([adapter], 0.2)

@@ -155,6 +155,7 @@ def calibrate(
         layers: path -> layer that needs statistics. Empty: nothing runs.
         needs: path -> names of the statistics of `STATISTICS` that it needs.
         data: batches: mappings, tuples or lists (positional arguments) or tensors; or a `Contrast`.
+
     Raises:
         CalibrationError: no data, an empty iterable, no `Contrast` where one is needed or one with sides of unequal
             size, or a layer that no batch reached.

@@ -18,6 +18,7 @@ class Contrast:
         tokenizer: a transformers tokenizer, for strings. Chat-rendered prompts may begin with its start token, which
             is not put there twice; an end token that it would add is left out, for prompts go on.
         batch_size: prompts in a batch, for strings; 1 where the tokenizer has no padding token.
+
     Raises:
         CalibrationError: an empty set, sets of unequal size or with the same prompts, strings without a tokenizer.
     """

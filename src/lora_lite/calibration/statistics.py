@@ -168,7 +168,7 @@ STATISTICS: dict[str, Statistic] = {
     "input_square": Statistic(_plain("input_square"), lambda stats: stats.part("input_square")),
     # E[(y - b)(y - b)^T] = W E[x x^T] W^T (o, o).
     "output_moment": Statistic(_plain("output_moment"), lambda stats: stats.part("output_moment")),
-    # The smaller of output_moment and input_moment: both tell W E[x x^T] W^T.
+    # The smaller of output_moment and input_moment: both give W E[x x^T] W^T.
     "response": Statistic(lambda i, o: ("output_moment",) if o <= i else ("input_moment",), _response),
     # E|u_j^T (y - b)| (min(i, o),), for the left singular vectors u_j of W.
     "coordinate_abs": Statistic(_plain("coordinate_abs"), lambda stats: stats.part("coordinate_abs")),

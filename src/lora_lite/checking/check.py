@@ -42,6 +42,7 @@ def check(model: nn.Module, batches: Iterable[Any]) -> CheckReport:
         model: the model, or a wrapper of it (DDP: gradients are compared across processes).
         batches: one or a few batches, as for `attach`; the loss is the model's own `loss` if its output has one, else a
             random projection of its outputs.
+
     Raises:
         CheckError: an adapter that never ran, ran in one mode only, got no gradient or one that is zero or not finite,
             or had no effect; gradients that contradict finite differences, or differ between processes; or a
@@ -173,7 +174,7 @@ def _whole(adapters: Layers) -> list[Tensor]:
 
 
 def _find_dead(model: nn.Module, batch: Any, adapters: Layers, report: CheckReport) -> None:
-    """Raise for an adapter whose change reaches no output, among those without a gradient to tell."""
+    """Raise for an adapter whose change reaches no output, among those without a gradient that shows it."""
     asked: dict[str, dict[str, Adapter]] = {}
     for name, layers in report.layers.items():
         told = {path for path, layer in layers.items() if layer.calls == 0 or any(layer.grad_norms.values())}
@@ -186,7 +187,7 @@ def _find_dead(model: nn.Module, batch: Any, adapters: Layers, report: CheckRepo
 
 
 def _raise_untrue(model: nn.Module, batch: Any, adapters: Layers, report: CheckReport) -> None:
-    """Raise where backward contradicts the differences, or where they tell nothing and a layer is known to cut it."""
+    """Raise where backward contradicts the differences, or where they show nothing and a layer is known to cut it."""
     assert report.gradient is not None
     unknown = report.gradient.error is None and bool(report.cut_layers)
     if not (report.gradient.wrong or unknown):

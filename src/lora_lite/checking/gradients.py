@@ -77,6 +77,7 @@ def loss_of(output: Any, coarse: bool = True) -> Tensor:
     Args:
         output: what the model returned.
         coarse: whether a loss in 16 bits will do; if not, the projection is taken in its place.
+
     Raises:
         CheckError: nothing in the output depends on a trained tensor.
     """

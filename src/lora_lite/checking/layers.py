@@ -35,7 +35,7 @@ def cut_layers(model: nn.Module) -> dict[str, float]:
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:
-    """That of the model's activations, as far as its parameters tell."""
+    """That of the model's activations, as far as its parameters show."""
     dtypes = [p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1]
     return next((dtype for dtype in dtypes if dtype.itemsize == 2), torch.float32)
 

@@ -39,6 +39,7 @@ def write_atomically(where: Path, data: bytes, once: bool = False) -> None:
     Args:
         where: the file. data: its content.
         once: leave a file that is there already, and raise FileExistsError.
+
     Raises:
         NotAFileError: a folder, device, pipe or socket is there. OSError: what the system says, with the file's name.
     """
@@ -93,7 +94,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def _temporary(where: Path, mode: int) -> tuple[Path, int]:
-    """A new file beside `where`, locked for as long as it is open, which tells others that it is being written to."""
+    """A new file beside `where`, locked for as long as it is open, which shows others that it is being written to."""
     while True:
         path = where.parent / f"{_prefix(where)}{_kernel()}.{secrets.token_hex(8)}.tmp"
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)

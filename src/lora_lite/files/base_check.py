@@ -1,7 +1,7 @@
 """What a file remembers of the base, and whether a model at hand is that base.
 
 Of each adapted layer it is W z for a random z, of every other parameter some of its values: a new random head, which
-no adapter acts on and no file holds, is then told from another one.
+no adapter acts on and no file holds, is then distinguished from another one.
 """
 
 from collections.abc import Iterable, Mapping
@@ -26,7 +26,7 @@ NEIGHBOURS = 4  # compared together, so that new rows at the end of an embedding
 
 
 def sketch(layer: nn.Module, path: str) -> Tensor:
-    """W z on up to 64 evenly spaced rows, for one z seeded by the path: what tells base models apart."""
+    """W z on up to 64 evenly spaced rows, for one z seeded by the path: what distinguishes base models."""
     i, o = shape(layer)
     rows = torch.linspace(0, o - 1, min(o, SKETCH_ROWS)).round().long()
     z = torch.randn(i, generator=generator(0, path), dtype=torch.float32, device="cpu")

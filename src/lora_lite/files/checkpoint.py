@@ -42,13 +42,15 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
         basis: False leaves out frozen bases that are singular directions of the base's weights (svd, wanda; most of
             the file). `load` then rebuilds and verifies them, and refuses where it finds others: in another base,
             another dtype or quantisation, or where singular values are too close to tell their directions apart.
+
     Returns:
         The path.
+
     Raises:
         StateError: no such adapter, a target that was replaced since attach, or merged; or a parameter that requires a
             gradient and belongs to no adapter, so that what it learns would be lost.
         CheckpointError: a tensor that is not finite, more than `load` would read, a path that is a folder, a device or
-            a pipe, or `basis=False` for a basis that the weights do not tell.
+            a pipe, or `basis=False` for a basis that the weights do not determine.
     """
     root, state = root_of(model, name)
     refuse_merged(state, "save")
@@ -157,6 +159,7 @@ def load(
         overwrite: if an adapter of that name with the same configs and targets is attached, set its tensors in place,
             so that optimisers and compiled code stay valid.
         base: "same" refuses a model whose weights differ from those it was trained on; "any" skips that check.
+
     Raises:
         FileNotFoundError: no such file.
         CheckpointError: a file that is damaged, or does not fit the model. BaseMismatchError: another base model.

@@ -1,6 +1,6 @@
-"""S-space: adapters that hang a small core on a frozen basis of their layer.
+"""S-space: adapters with a small core on a frozen basis of their layer.
 
-For any orthonormal U (o, r), U U^T W is a part of W, and the layer's own output tells its coordinates:
+For any orthonormal U (o, r), U U^T W is a part of W, and the layer's own output gives its coordinates:
 h = U^T (y - b). (If U holds left singular vectors, h = diag(S) V^T x.) A core turns h into the change of those
 coordinates:
 

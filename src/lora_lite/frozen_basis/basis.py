@@ -59,6 +59,7 @@ def register_basis(
     Args:
         kind: its name.
         needs: statistics to take (keys of `lora_lite.calibration.statistics.STATISTICS`), or a function of the `Basis`.
+
     Raises:
         ValueError: the name is taken by another function, or a statistic is unknown.
     """
@@ -92,6 +93,7 @@ class Basis:
             CorDA's paper prints and peft computes.
         pool: wanda's score of a direction: the "rms" of the layer's coordinate along it, or "mean_abs".
         eps: added to the diagonal of C.
+
     Raises:
         ValueError: an unknown kind, a setting out of range, or one that the kind does not read.
     """
@@ -148,7 +150,9 @@ class Basis:
             CalibrationError: fewer tokens than r. ValueError: a registered function that returned something else.
         """
         if self.needs and stats is not None and stats.tokens < r:
-            raise CalibrationError(f"{stats.tokens} calibration tokens cannot tell r = {r} directions; give more data")
+            raise CalibrationError(
+                f"{stats.tokens} calibration tokens cannot determine r = {r} directions; give more data"
+            )
         kind = KINDS[self.kind]
         named = inspect.signature(kind.make).parameters
         settings = {name: getattr(self, name) for name in kind.settings} | ({"r": r} if "r" in named else {})

@@ -1,4 +1,4 @@
-"""Files without a basis: which singular directions of W they were, and a sketch to tell whether W still has them.
+"""Files without a basis: which singular directions of W they were, and a sketch that shows whether W still has them.
 
 SVD signs, and with equal singular values the directions themselves, are the machine's choice. So nothing rebuilt is
 trusted: signs come from the sketch, and a direction that does not fit it is refused.
@@ -28,7 +28,7 @@ def indices(W: Float[Tensor, "o i"], U: Float[Tensor, "o r"]) -> Float[Tensor, "
     if not bool((best > 1 - SAME**2).all()):
         raise ValueError(
             f"direction {int(best.argmin())} of the basis is no singular direction of W (cosine "
-            f"{float(best.min()):.4f}), so W alone does not tell it; save with basis=True"
+            f"{float(best.min()):.4f}), so W alone does not determine it; save with basis=True"
         )
     return index.to("cpu", torch.float32)
 

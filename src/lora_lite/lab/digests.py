@@ -1,4 +1,4 @@
-"""What tells whether a file is still as it was written."""
+"""What shows whether a file is still as it was written."""
 
 import hashlib
 from pathlib import Path

@@ -22,7 +22,7 @@ MARK = "+changes"
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's as far as the system tells."""
+    """The GPU's name, or the processor's as far as the system says."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")

@@ -97,6 +97,7 @@ def dense(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
     Args:
         layer: the layer.
         dtype: dtype of the result; None: the weight's own (fp32 for quantised weights).
+
     Raises:
         TargetError: the weight is on the meta device, sharded, or of a kind that cannot be dequantised.
     """

@@ -199,7 +199,7 @@ def _roles(
     streams = Streams(model, {c.path: (c.i, c.o) for c in everything})
     if not streams.known:
         raise TargetError(
-            f"{type(model).__name__}.config does not tell d_model (looked for {', '.join(D_MODEL_FIELDS)}): give "
+            f"{type(model).__name__}.config does not say d_model (looked for {', '.join(D_MODEL_FIELDS)}): give "
             f"{type(cfg).__name__}(d_model=...), or target_roles=() to select by name alone"
         )
     return {c.path: role(c, *streams[c.path]) for c in kept}

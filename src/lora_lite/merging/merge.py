@@ -88,8 +88,10 @@ def merge(model: nn.Module, keep: bool = True, name: str | None = None) -> dict[
         keep: keep the originals on the CPU for `unmerge`. False: drop them and the adapters for good; `train_also`
             weights stay as trained.
         name: merge this adapter alone, where the others act the same on the merged weights. None: all.
+
     Returns:
         path -> `Merged`, the measured rounding and disagreement; a layer that has several names, under each.
+
     Raises:
         NotAffineError, TargetError, StateError: before anything is written. After any error (Ctrl-C among them) the
         model is as it was.

@@ -90,7 +90,7 @@ class AntiPaSTORot(FrozenBasisAdapter):
 
     @classmethod
     def identity_bound(cls, cfg: AntiPaSTORotConfig, dtype: torch.dtype = torch.float32) -> float:
-        return math.inf if cfg.init_std else 0.0  # d is added to S, whose size only W tells
+        return math.inf if cfg.init_std else 0.0  # d is added to S, whose size only W determines
 
     def init_core(self, rng: torch.Generator) -> None:
         self.d.normal_(0.0, self.cfg.init_std, generator=rng)

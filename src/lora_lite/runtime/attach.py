@@ -39,7 +39,7 @@ def attach(
     name: str = "default",
     train_also: Sequence[str] = (),
 ) -> Attachment:
-    """Hang adapters under the layers that `cfg` selects, freeze everything else, and change no output (law 2).
+    """Add adapters to the layers that `cfg` selects, freeze everything else, and change no output (law 2).
 
     Args:
         model: any module. Give the same one each time; compile, shard and wrap it afterwards.
@@ -49,9 +49,11 @@ def attach(
         name: the adapter's name, `[A-Za-z_][A-Za-z0-9_-]*`.
         train_also: names of modules or parameters outside the adapters (a head, an embedding) to train as well, whole
             parts or regexes as in `target_names`. They are saved in the adapter's file and put back by `detach`; the
-            coefficient does not turn them.
+            coefficient does not reach them.
+
     Returns:
         The `Attachment`.
+
     Raises:
         TargetError: no target, or one that cannot carry an adapter.
         StateError: the name is taken or not allowed; the model is merged, wrapped, sharded or under inference mode; or

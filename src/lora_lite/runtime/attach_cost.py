@@ -15,8 +15,8 @@ class AttachCost:
     """What `attach` cost.
 
     Attributes:
-        seconds: "calibration" (the pass over the data), "factorisation" (computing initial values and bases), "build"
-            (the rest).
+        seconds: "calibration" (the pass over the data), "factorisation" (making adapters: initial values, bases),
+            "build" (`derive`: the tensors that no file holds). Finding targets and hooking layers is in none of them.
         tokens: calibration tokens that reached a layer, at most.
         statistics_bytes: memory of the statistics.
         peak_memory_mb: peak (10^6 bytes) of the GPU's memory where the model is on one, else of the process, since it

@@ -29,8 +29,8 @@ class scale:
     Backward may run after the end, on any thread: a checkpoint's recomputation uses its forward's coefficient.
     A `deepcopy` or pickle made in a block has what all threads share, not the block's.
 
-    One that is kept in a variable acts as if called by itself until it is entered. (Since nothing tells it from one
-    that is about to be, another thread that uses the model first waits for up to a second.) A compiled model reads the
+    One that is kept in a variable acts as if called by itself until it is entered. (Since it looks like one that is
+    about to be, another thread that uses the model first waits for up to a second.) A compiled model reads the
     block that its thread entered last, so tasks of one thread must not take turns within their blocks; and other
     threads see one that is kept in a variable only after its own thread has used the model uncompiled.
 
@@ -38,6 +38,7 @@ class scale:
         model: the module that adapters were attached to, or a wrapper of it.
         c: a float or 0-dim tensor for all adapters; a tensor (B,), one value per batch row; or a mapping from adapter
             name to either. Rows that the model's `generate` expands (beams, several sequences) follow in order.
+
     Raises:
         StateError: nothing attached, or merged; at the end, where it was not entered.
         CoefficientError: an unknown adapter name, a value that is not finite or not 0- or 1-dimensional.

@@ -92,7 +92,7 @@ def _input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     if args or len(named) != 1:
         raise TargetError(
             f"{type(layer).__name__} was called with {len(args)} positional arguments and the tensors {named}, so its "
-            "input cannot be told; call it as layer(x), or leave it out with exclude_names"
+            "input cannot be identified; call it as layer(x), or leave it out with exclude_names"
         )
     return kwargs[named[0]], lambda x: (args, {**kwargs, named[0]: x})
 

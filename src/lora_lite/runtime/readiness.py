@@ -39,7 +39,7 @@ def refuse_unready(model: nn.Module, name: str) -> None:
     root, state = found
     if root is not model:
         raise StateError(
-            f"adapters hang on the {type(root).__name__} within this model: pass the same module each time"
+            f"adapters are attached to the {type(root).__name__} within this model: pass the same module each time"
         )
     refuse_merged(state, "attach")
     if name in state.adapters:

@@ -1,6 +1,6 @@
 """What a model with adapters remembers.
 
-The state hangs on the root (the module given to `attach`) and is found by walking modules, so that wrappers do not
+The state is kept on the root (the module given to `attach`) and is found by walking modules, so that wrappers do not
 matter. It holds no module, only paths and tensors, so that `deepcopy` and pickling see plain data.
 """
 
@@ -58,7 +58,9 @@ def find_root(model: nn.Module) -> tuple[nn.Module, State] | None:
     roots = [(path, module) for path, module in model.named_modules() if ROOT in module.__dict__]
     if len(roots) > 1:
         paths = ", ".join(path or "the model itself" for path, _ in roots)
-        raise StateError(f"adapters hang on several modules of this {type(model).__name__} ({paths}): pass one of them")
+        raise StateError(
+            f"adapters are attached to several modules of this {type(model).__name__} ({paths}): pass one of them"
+        )
     return (roots[0][1], roots[0][1].__dict__[ROOT]) if roots else None
 
 

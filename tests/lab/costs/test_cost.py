@@ -1,4 +1,4 @@
-"""Costs: what shapes tell is what attaching and saving give, for every method; ratios; peaks; whole measurements."""
+"""Costs: what shapes give is what attaching and saving give, for every method; ratios; peaks; whole measurements."""
 
 import io
 import json
@@ -159,7 +159,7 @@ def test_a_workload_without_work_is_an_error(field: str, value: int) -> None:
 # ---- memory
 
 
-@pytest.mark.skipif(not measure.CLEAR.exists(), reason="only Linux can start the peak of resident memory anew")
+@pytest.mark.skipif(not measure.CLEAR.exists(), reason="only Linux can start the peak of resident memory again")
 def test_a_peak_is_that_of_the_step_and_not_of_what_came_before() -> None:
     megabytes = 10**6 // 4  # values
     torch.ones(600 * megabytes)
@@ -194,7 +194,7 @@ def test_a_method_that_is_not_trained_has_no_step(folder: str) -> None:
 
 @pytest.mark.slow
 def test_a_child_that_fails_says_why(tmp_path: Path) -> None:
-    with pytest.raises(MeasureError, match=r"ended with code 1: .*(nowhere|Mend it)"):
+    with pytest.raises(MeasureError, match=r"ended with code 1: .*(nowhere|To fix it)"):
         child_peak(str(tmp_path / "nowhere"), torch.float32, "none", SMALL, "cpu", None)
 
 

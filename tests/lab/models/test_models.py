@@ -231,7 +231,7 @@ def test_a_model_that_cannot_serve_is_refused(options: dict, message: str, tmp_p
 
 @pytest.mark.parametrize("name", ["no-such-org/no-such-model", "./no/such/folder", "not a name at all!"])
 def test_an_unknown_model_says_where_it_was_sought_and_what_to_do(name: str) -> None:
-    with pytest.raises(ModelError, match=r"cannot load .*from the hub.*(\n.*)*Mend it: use 'smollm2'"):
+    with pytest.raises(ModelError, match=r"cannot load .*from the hub.*(\n.*)*To fix it: use 'smollm2'"):
         load_model(name)
 
 
@@ -254,7 +254,7 @@ def test_a_configuration_is_read_without_weights(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["no-such-org/no-such-model", "./no/such/folder"])
 def test_an_unreadable_configuration_says_so(name: str) -> None:
-    with pytest.raises(ModelError, match=r"cannot load .*from the hub.*(\n.*)*Mend it"):
+    with pytest.raises(ModelError, match=r"cannot load .*from the hub.*(\n.*)*To fix it"):
         model_config(name)
 
 

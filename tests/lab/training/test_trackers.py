@@ -77,7 +77,7 @@ def test_tensorboard_gets_the_numbers_of_the_run(tmp_path: Path) -> None:
 def test_a_resumed_run_goes_on_in_the_same_place(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole", 4)
     run(tmp_path / "stopped", 4, stop=2)
-    time.sleep(1.1)  # tensorboardX names files by the second; a process that is started anew takes longer than that
+    time.sleep(1.1)  # tensorboardX names files by the second; a process that is started again takes longer than that
     resumed = run(tmp_path / "stopped", 4, resume=True)
     assert resumed.losses == whole.losses
     losses = {k + 1: v for k, v in enumerate(whole.losses)}

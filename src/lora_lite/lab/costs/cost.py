@@ -1,4 +1,4 @@
-"""What methods cost: what shapes tell (parameters, bytes, multiply-accumulates), and what a clock and a meter tell.
+"""What methods cost: what shapes give (parameters, bytes, multiply-accumulates), and what a clock and a meter show.
 
 rows = costs("smollm2", {"lora": [ll.LoRAConfig()], "dora": [ll.DoRAConfig()]}, torch.float32, measure=False)
 print(rows["lora"]["trainable"])
@@ -54,10 +54,11 @@ def costs(
         model: "smollm2", a hub id or a local folder. Without `measure` only its configuration is read.
         arms: name -> configs (several for methods that share a file).
         dtype, quantization: of the base, as for `load_model`.
-        measure: run the arms, one after the other. False: what shapes tell, in seconds, for models of any size.
+        measure: run the arms, one after the other. False: what shapes give, in seconds, for models of any size.
         workload: the batch and the number of rounds. None: the defaults of `Workload`.
         device: where to measure. None: the GPU if there is one.
         trust_remote_code: as for `load_model`.
+
     Raises:
         ModelError: the model, or its configuration, cannot be read.
     """
@@ -89,7 +90,7 @@ def measured_costs(
 def shape_costs(
     model: PreTrainedModel | PreTrainedConfig, arms: Arms, trust_remote_code: bool = False
 ) -> dict[str, Row]:
-    """What shapes alone tell of each arm, without memory or weights: `shape_cost` and `base_cost`.
+    """What shapes alone give for each arm, without memory or weights: `shape_cost` and `base_cost`.
 
     model: a configuration, or a model, of which only the configuration is used. trust_remote_code: as for `load_model`.
     """
@@ -122,7 +123,7 @@ def _on_meta(config: PreTrainedConfig, trust_remote_code: bool) -> PreTrainedMod
 
 
 def shape_cost(model: PreTrainedModel, configs: Sequence[AdapterConfig]) -> Row:
-    """What shapes tell of one arm on a model on the meta device.
+    """What shapes give for one arm on a model on the meta device.
 
     Returns: trainable; targets (number of adapted layers); stored_bytes (of the tensors in the file, with the sketches
     of the base; 128 bytes for each further parameter of the base, names and settings come on top);
@@ -157,7 +158,7 @@ def shape_cost(model: PreTrainedModel, configs: Sequence[AdapterConfig]) -> Row:
 
 
 def base_cost(model: PreTrainedModel) -> Row:
-    """What shapes tell of the base: base_macs_token (see `base_macs`) and base_parameters."""
+    """What shapes give for the base: base_macs_token (see `base_macs`) and base_parameters."""
     return {"base_macs_token": base_macs(model), "base_parameters": sum(p.numel() for p in model.parameters())}
 
 

@@ -1,4 +1,4 @@
-"""Costs that only running tells: time beside the frozen base, memory in a fresh process, attaching, loading.
+"""Costs that only running shows: time beside the frozen base, memory in a fresh process, attaching, loading.
 
 As a program (`python -m lora_lite.lab.costs.measure JSON`) it is that fresh process: it makes one step and prints its
 peak.
@@ -35,7 +35,7 @@ from lora_lite.registry import method_of
 from lora_lite.runtime.attach_cost import peak_memory_mb
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-RESET_PEAK = "5"  # what Linux is told to start the peak of resident memory anew
+RESET_PEAK = "5"  # what makes Linux start the peak of resident memory again
 
 
 class MeasureError(LoraLiteError, RuntimeError):
@@ -89,7 +89,7 @@ def measure_arm(
     """Attach, time, save, load, and meter one arm beside the frozen base; plain data with the fields of `Cost`.
 
     Base and arm are two trees of modules over the same weights, in one process, and take turns; each round gives a
-    ratio, whose median and quartiles are told. "forward": without gradients, in eval mode. "step": forward and
+    ratio, whose median and quartiles are reported. "forward": without gradients, in eval mode. "step": forward and
     backward, in train mode, of the same loss on the same input embeddings. The frozen base has no parameter to train,
     so its backward pass is with respect to the input embeddings, and goes through every layer as an arm's does.
     "tokens_per_second": of such a step of the arm with the optimiser's (AdamW). A method that is not trained has
@@ -232,7 +232,7 @@ def child_peak(
 
     adapter: a file to load onto the base; its step is forward, backward and AdamW's. None: the base's step alone. What
     comes before the step (reading weights, loading the adapter) counts only where the system cannot start its peak
-    anew.
+    again.
     """
     settings = {
         "model": model, "dtype": str(dtype).removeprefix("torch."), "quantization": quantization, "device": device,

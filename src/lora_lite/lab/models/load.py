@@ -88,7 +88,7 @@ def _quantized(quantization: str, dtype: torch.dtype, device: str | torch.device
             f"quantization {quantization!r} needs bitsandbytes, which is not installed; "
             "install it with: pip install 'bitsandbytes>=0.46'"
         )
-    # It tells at every call of every 8-bit layer that it casts the input, which is how the method works.
+    # It warns at every call of every 8-bit layer that it casts the input, which is how the method works.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     config = (
         BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
@@ -134,7 +134,7 @@ def _unreadable(folder: str, name: str, error: Exception) -> ModelError:
         )
     return ModelError(
         f"cannot load a causal language model {name!r} from {where}: {reason}\n"
-        f"Mend it: use {EMBEDDED!r} (needs no network), the folder of a model saved with save_pretrained, or a hub "
+        f"To fix it: use {EMBEDDED!r} (needs no network), the folder of a model saved with save_pretrained, or a hub "
         "id; that needs the network or a copy in the hub cache (HF_HOME), and a login where the model asks for one."
     )
 

@@ -204,7 +204,7 @@ class Probe:
 
 
 def fingerprints(model: PreTrainedModel) -> dict[str, str]:
-    """Prints of the bits of every tensor of the base, by name."""
+    """Fingerprints of the bits of every tensor of the base, by name."""
     return {key: tensor_print(tensor) for key, tensor in ll.base_state_dict(model).items()}
 
 

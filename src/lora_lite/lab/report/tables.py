@@ -1,4 +1,4 @@
-"""Findings as tables: for a terminal and as Markdown. `cells` is the one list of columns."""
+"""Findings as tables: for a terminal and as Markdown. `cells` lists their columns, `page/table.py` the page's."""
 
 import itertools
 import re

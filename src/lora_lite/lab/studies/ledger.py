@@ -43,7 +43,7 @@ FIGURES: dict[str, dict[tuple[str, ...], Any]] = {
 
 
 class LedgerError(LoraLiteError, RuntimeError):
-    """The folder of results cannot be used, or a file in it is damaged; the message says which, and how to mend it."""
+    """The folder of results cannot be used, or a file in it is damaged; the message says which, and how to fix it."""
 
 
 def run_id(config: Any) -> str:

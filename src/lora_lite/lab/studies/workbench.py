@@ -69,7 +69,7 @@ class Workbench:
         return int(self.tokenizer.pad_token_id)  # type: ignore[arg-type]
 
     def reload(self) -> None:
-        """Read the model anew. The old one is let go first: two may not fit."""
+        """Read the model again. The old one is let go first: two may not fit."""
         del self.model
         gc.collect()
         self.model, _ = load_base(self.study, self.dtype, self.device)

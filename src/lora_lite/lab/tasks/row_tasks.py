@@ -3,7 +3,7 @@
 Rows without question or answer, repeated rows (of held-out parts: repeated questions), and training rows that are
 held-out questions too, or whose own answer gets no full score, are left out, counted in the task's provenance and told
 in its notes. An error: a held-out answer that does not score, and answers that are all their own questions, which no
-scorer would notice. Answers that are all the same are told in the notes.
+scorer would notice. Answers that are all the same are reported in the notes.
 """
 
 import re

@@ -32,7 +32,7 @@ PATIENCE = 20_000  # draws in a row without a new example of the split after whi
 
 
 class TaskError(LoraLiteError, ValueError):
-    """A task cannot be made, or cannot give what is asked; the message says which, why, and how to mend it."""
+    """A task cannot be made, or cannot give what is asked; the message says which, why, and how to fix it."""
 
 
 class VerifierError(TaskError):
@@ -82,7 +82,7 @@ class Task:
     max_new_tokens: what an answer may take; None lets the evaluation measure it on training answers.
     provenance: where the examples come from, as plain data: of rows the source, their number, their fingerprint and
     what was left out; of a generator its package's version and its parameters.
-    notes: what a reader must be told beside every number of this task.
+    notes: what a reader must know beside every number of this task.
     mention: (example, completion) -> whether the answer is anywhere in it, whatever the format; `evaluate.record_of`
     counts what the verifier accepts too.
     """
@@ -153,7 +153,7 @@ class Task:
     def score(self, example: Example, completion: str) -> float:
         """The verifier's score of a completion, in [0, 1]; 1 is right, some verifiers give part of it.
 
-        0 where the verifier fails, which `assess` tells from a wrong answer.
+        0 where the verifier fails, which `assess` distinguishes from a wrong answer.
         """
         return self.assess(example, completion)[0]
 

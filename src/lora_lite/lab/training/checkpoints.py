@@ -1,6 +1,6 @@
 """Checkpoints of training: a folder for each, which appears under its name only when it is whole and on the disk.
 
-One that is damaged all the same (a disk may lose what it said it had) is told by its digests, and passed over.
+One that is damaged all the same (a disk may lose what it said it had) is recognised by its digests, and passed over.
 """
 
 import dataclasses

@@ -26,7 +26,7 @@ class RunConfig:
         train_examples: distinct examples to train on; all that there are where the task has fewer, which is said.
         test_examples: held-out items to measure on; all that there are where the task has fewer.
         calibration_batches: training batches that methods and bases which need data are calibrated on. Each is one
-            forward pass; second moments are better told by 64.
+            forward pass; second moments are better estimated from 64.
         train_also: names or regexes of base parameters to train as well, such as a head or an embedding.
         reload_examples: items that the reloaded adapter must answer as the trained one did.
         max_length: longest example in tokens; longer ones are left out and counted.

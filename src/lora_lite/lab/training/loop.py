@@ -63,6 +63,7 @@ def train(
         folder: where checkpoints go, every `cfg.save_every` steps. None: none are written.
         resume: go on from the last whole checkpoint in `folder`, if there is one.
         on_step: called after each step.
+
     Raises:
         TrainingError: a loss that is not finite, an adapter that never ran, or a checkpoint of another run.
         CheckpointWriteError: no room for a checkpoint; the one before it is still there.

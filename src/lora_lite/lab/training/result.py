@@ -44,7 +44,7 @@ def describe_data(
     """What a run was given, as plain data.
 
     prints, examples: fingerprint and size of both sets. task: its sources, with what it left out. tokens: what became
-    of the training examples. notes: what a reader must be told.
+    of the training examples. notes: what a reader must know.
     """
     return {
         "prints": {"train": fingerprint(train_set), "test": fingerprint(test_set)},

@@ -57,7 +57,7 @@ def finetune(run: RunConfig, method: ll.AdapterConfig | Sequence[ll.AdapterConfi
     """
     place = Place(run.out, run.resume, run.overwrite)
     if run.resume and place.result.exists():
-        note(f"{run.out} holds this run, and it is finished: its result is told again")
+        note(f"{run.out} holds this run, and it is finished: its result is reported again")
         return earlier_result(place.result, run, method, training)
     place.require_fit()
     device = pick_device(run.device)
@@ -152,7 +152,7 @@ def compare_reloaded(
     """Load an adapter's file onto a fresh base, and raise `RunError` where it answers otherwise than `model` does."""
     if not examples:
         return
-    # Answered anew, in one batch: padded otherwise, a near tie could turn out otherwise.
+    # Answered again, in one batch: padded otherwise, a near tie could turn out otherwise.
     answers = evaluate(model, tokenizer, task, examples, progress=False)
     fresh = load()
     ll.load(fresh[0], adapter)

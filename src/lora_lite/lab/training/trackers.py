@@ -45,6 +45,7 @@ class Trackers:
         folder: where trackers that write files put them, under "lora-lite".
         settings: of the run; nested ones are written as "training.lr".
         device: where the run computes.
+
     Raises:
         TrackerError: as `require_trackers` does.
     """
