@@ -71,7 +71,7 @@ def train(
     accelerator = Accelerator(cpu=model.device.type == "cpu")
     found = last_checkpoint(folder) if folder is not None and resume else None
     att = ll.load(model, found / ADAPTER, name=name, overwrite=True) if found else ll.attachment(model, name)
-    peak = cfg.lr if cfg.lr is not None else next(iter(att.targets.values())).lr
+    peak = cfg.lr if cfg.lr is not None else next(iter(att.targets.values())).facts.lr
     optimizer = _optimizer(model, cfg, peak, name)
     set_seed(cfg.seed)
     progress = _restore(found, optimizer, cfg, items) if found else Progress()
