@@ -41,5 +41,5 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").unlink()
     index = '{"metadata": {}, "weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}'
     (tmp_path / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(ModelError, match="model-00001-of-00002.safetensors is missing"):
+    with pytest.raises(ModelError, match=r"model-00001-of-00002\.safetensors is missing"):
         load_model(folder)

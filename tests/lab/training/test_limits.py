@@ -24,7 +24,7 @@ def test_mpts_positions_are_known() -> None:
 @pytest.mark.parametrize("name", POSITIONS)
 def test_positions_have_many_names(name: str) -> None:
     model = make_llama()
-    del model.config.max_position_embeddings
+    model.config.max_position_embeddings = 0  # none
     setattr(model.config, name, 16)
     require_positions(model, 16, "it")
     with pytest.raises(DataError, match="has 16 positions"):

@@ -290,7 +290,7 @@ def from_splits(name: str, parts: Mapping[str, Sequence[Example]], verify: Verif
 
 
 def from_examples(name: str, examples: Sequence[Example], verify: Verifier = EXACT, **options: Any) -> Task:
-    """A task from one finite list, split by content; each split has some, from three questions on. options: see Task."""
+    """A task from one finite list, split by content; three questions or more give each some. options: see Task."""
     split = spread({content_key(example.prompt): split_of(example.prompt) for example in examples}, tuple(SPLITS))
     parts = {name: [example for example in examples if split[content_key(example.prompt)] == name] for name in SPLITS}
     return from_splits(name, parts, verify, **options)

@@ -38,7 +38,7 @@ def require_positions(model: PreTrainedModel, tokens: int, what: str) -> None:
     """
     config = model.config.get_text_config()
     named = (getattr(config, name, None) for name in POSITIONS)
-    positions = next((number for number in named if isinstance(number, int)), 0)
+    positions = next((number for number in named if isinstance(number, int) and number > 0), 0)
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     scaled = any(kind not in ("default", None) for kind in (rope.get("rope_type"), rope.get("type")))
     if 0 < positions < tokens and not scaled and config.model_type not in UNBOUNDED:
