@@ -85,7 +85,7 @@ format: $(STAMP) ## fix style and formatting where a tool can
 	$(BIN)/ruff format .
 
 docs: $(STAMP) ## build the site into site/, strict
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 	@echo 'open site/index.html'
 
 dist: $(STAMP) ## build wheel and sdist into dist/ and check them

@@ -164,7 +164,7 @@ def load(
         FileNotFoundError: no such file.
         CheckpointError: a file that is damaged, or does not fit the model. BaseMismatchError: another base model.
         StateError: the name is taken (and not `overwrite`), or the model is not ready for `attach` either.
-        After any error the model is as it was.
+            After any error the model is as it was.
     """
     if base not in ("same", "any"):
         raise ValueError(f"load: base = {base!r} must be 'same' or 'any'")

@@ -94,7 +94,7 @@ def merge(model: nn.Module, keep: bool = True, name: str | None = None) -> dict[
 
     Raises:
         NotAffineError, TargetError, StateError: before anything is written. After any error (Ctrl-C among them) the
-        model is as it was.
+            model is as it was.
     """
     root, state = root_of(model, name)
     refuse_merged(state, "merge")
