@@ -9,11 +9,14 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lora_lite as ll
-from lora_lite.adapter import Adapter
+from lora_lite.errors import LoraLiteError
 from lora_lite.printable import printable
+from lora_lite.version import __version__
+
+if TYPE_CHECKING:  # nothing here may import torch: --help would wait for it
+    from lora_lite.adapter import Adapter
 
 LAB_HINT = "the command line needs the lab's packages: pip install 'lora-lite[lab]'"
 
@@ -35,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Small adapters for frozen models: list the methods, train one, compare them, see what they cost.",
         epilog="Start with: lora-lite train --preset demo lora. Each command explains itself: lora-lite train --help",
     )
-    parser.add_argument("--version", action="version", version=f"lora-lite {ll.__version__}")
+    parser.add_argument("--version", action="version", version=f"lora-lite {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar=f"{{list,{','.join(LAB)}}}")
     listing = commands.add_parser("list", help="the methods, with what the registry knows of each")
     listing.add_argument("--json", action="store_true", help="as JSON")
@@ -48,7 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def facts(cls: type[Adapter]) -> dict[str, Any]:
+def methods() -> "dict[str, type[Adapter]]":
+    """The registered methods; the first call imports torch."""
+    import lora_lite as ll
+
+    return ll.methods()
+
+
+def facts(cls: "type[Adapter]") -> dict[str, Any]:
     """What the registry knows of a method, as plain data."""
     cfg = cls.Config()
     return {
@@ -67,14 +77,14 @@ def facts(cls: type[Adapter]) -> dict[str, Any]:
 
 def list_json() -> str:
     """The registry as JSON."""
-    return json.dumps({name: facts(cls) for name, cls in ll.methods().items()}, indent=1)
+    return json.dumps({name: facts(cls) for name, cls in methods().items()}, indent=1)
 
 
 def list_table() -> str:
     """The registry as a table for people."""
     row = "{:<16} {:<11} {:<9} {:<7} {:<5} {:<10} {:<24} {}"
     lines = [row.format("method", "arXiv", "acts", "merges", "data", "at attach", "learning rate (range)", "title")]
-    for name, cls in ll.methods().items():
+    for name, cls in methods().items():
         known = facts(cls)
         low, high = known["lr_range"]
         start = "exact" if known["identity_bound"] == 0 else f"<= {known['identity_bound']:.0e}"
@@ -99,7 +109,7 @@ def lab_command(name: str, arguments: Sequence[str]) -> int:
     transformers.utils.logging.disable_progress_bar()
     try:
         return getattr(commands, name)(arguments)
-    except (ll.LoraLiteError, ValueError, OSError) as error:
+    except (LoraLiteError, ValueError, OSError) as error:
         print(printable(f"lora-lite: {type(error).__name__}: {error}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -4,7 +4,6 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from lora_lite.runtime.readiness import check_layer, refuse_unready, taken_param
 from lora_lite.runtime.state import State, adapters_of, find_root, refuse_merged, root_of, trained_also
 from lora_lite.runtime.train_also import find_train_also
 from lora_lite.runtime.transaction import Transaction
+from lora_lite.version import __version__
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default", basis: bool = True) -> Path:
@@ -104,7 +104,7 @@ def _contents(root: nn.Module, state: State, name: str, basis: bool) -> tuple[di
     tensors = {key: value.detach().to("cpu").contiguous().clone() for key, value in tensors.items()}
     header = {
         "format": FORMAT,
-        "version": version("lora-lite"),
+        "version": __version__,
         "name": name,
         "configs": [{"method": method_of(cfg).facts.name, "config": cfg.to_dict()} for cfg in attached.configs],
         "targets": targets,
