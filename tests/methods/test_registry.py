@@ -180,10 +180,13 @@ def test_a_source_tree_works_without_being_installed(tmp_path: Path) -> None:
     )
     program = (
         "import importlib.metadata as m\n"
-        "def gone(name): raise m.PackageNotFoundError(name)\n"
-        "m.version = gone\n"
-        f"import lora_lite as ll; assert ll.__file__.startswith({str(tmp_path)!r}); ll.attach\n"
-        f"import torch; model = torch.nn.Sequential(torch.nn.Linear(4, 4)); ll.attach(model, ll.LoRAConfig(target_roles=()))\n"
+        "known = m.distribution\n"
+        "def distribution(name):\n"
+        "    if name.startswith('lora'): raise m.PackageNotFoundError(name)\n"
+        "    return known(name)\n"
+        "m.distribution = distribution\n"
+        f"import lora_lite as ll, torch; assert ll.__file__.startswith({str(tmp_path)!r})\n"
+        "model = torch.nn.Sequential(torch.nn.Linear(4, 4)); ll.attach(model, ll.LoRAConfig(target_roles=()))\n"
         f"ll.save(model, {str(tmp_path / 'a')!r}); print(ll.__version__)"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}

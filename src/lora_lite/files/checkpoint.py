@@ -18,6 +18,7 @@ from lora_lite.files.base_check import refuse_another_base, samples, sketch
 from lora_lite.files.format import FORMAT, METADATA_KEY, File, Room, checksum, empty_adapter, read
 from lora_lite.frozen_basis import rebuild
 from lora_lite.layers.linear import dense, execution_device, is_linear, shape
+from lora_lite.patterns import LONGEST
 from lora_lite.registry import method_of
 from lora_lite.runtime.attach import commit
 from lora_lite.runtime.attachment import Attachment, attachment, is_adapters_key
@@ -106,6 +107,7 @@ def _contents(root: nn.Module, state: State, name: str, basis: bool) -> tuple[di
         "format": FORMAT,
         "version": __version__,
         "name": name,
+        "base_name": base_name(root),
         "configs": [{"method": method_of(cfg).facts.name, "config": cfg.to_dict()} for cfg in attached.configs],
         "targets": targets,
         "train_also": list(attached.originals),
@@ -114,6 +116,14 @@ def _contents(root: nn.Module, state: State, name: str, basis: bool) -> tuple[di
         "basis": basis,
     }
     return header, tensors
+
+
+def base_name(root: nn.Module) -> str:
+    """What people call the base: the hub id or the last part of the folder that it came from, else its class."""
+    known = str(getattr(getattr(root, "config", None), "_name_or_path", "") or "")
+    if Path(known).is_absolute():  # of this machine, and nobody else's business
+        known = Path(known).name
+    return (known or type(root).__name__)[:LONGEST]
 
 
 def _stored(adapter: Adapter, layer: nn.Module, path: str, basis: bool) -> dict[str, Tensor]:
