@@ -58,7 +58,7 @@ browser: ## install chromium for the tests of pages, where apt-get and root are 
 	fi
 
 demo: $(STAMP) ## fine-tune, measure, save and reload an adapter on the embedded model
-	$(BIN)/lora-lite train --preset demo $(DEMO_RESUME) --out $(DEMO) $(METHOD) $(ARGS)
+	$(BIN)/lora-lite train --preset demo $(DEMO_RESUME) --out $(DEMO) --json $(METHOD) $(ARGS)
 
 bench: $(STAMP) ## compare three methods in minutes and make the page: the small version of the committed study
 	$(BIN)/lora-lite study methods --smoke --out runs/bench $(ARGS)

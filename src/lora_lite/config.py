@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from lora_lite.patterns import compile_pattern, is_plain
+from lora_lite.peft_names import advice
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROLES = ("reader", "writer", "inner")
@@ -96,6 +97,15 @@ class AdapterConfig:
     automatic: ClassVar[tuple[str, ...]] = ()
     # Fields that a method has no use for: hidden from the command line, and a value other than the default is refused.
     unused: ClassVar[tuple[str, ...]] = ()
+
+    def __new__(cls, *_: Any, **given: Any) -> "AdapterConfig":
+        """The object before its fields: where a field that was given does not exist, say what stands for it here."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in given:
+            if name not in names:
+                hint = advice(name, names) or f"the fields are {', '.join(names)}"
+                raise TypeError(f"{cls.__name__} has no field {name!r}; {hint}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for name, ok, allowed in (

@@ -1,5 +1,6 @@
 """The registry of methods: by name, and by the type of their config."""
 
+import importlib
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -39,6 +40,7 @@ def register(Config: type[AdapterConfig], facts: Facts) -> Callable[[AdapterClas
 
 def methods() -> dict[str, type[Adapter]]:
     """The registered methods, by name."""
+    importlib.import_module("lora_lite.methods")  # which registers the library's own
     return {cls.facts.name: cls for cls in sorted(_BY_CONFIG.values(), key=lambda cls: cls.facts.name)}
 
 

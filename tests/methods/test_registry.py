@@ -1,9 +1,12 @@
 """The registry: every method's facts are there and sane, its file documents it, and the package's names resolve."""
 
+import ast
 import dataclasses
 import importlib
 import inspect
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -131,6 +134,63 @@ def test_names_of_the_package() -> None:
     for name in ("NoConfig", "lorra", "Config", "_nothing"):
         with pytest.raises(AttributeError, match=rf"module 'lora_lite' has no attribute '{name}'"):
             getattr(ll, name)
+
+
+def test_what_editors_read_is_what_is_imported() -> None:
+    tree = ast.parse(Path(ll.__file__).read_text())
+    [block] = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    read = {each.name: node.module for node in imports for each in node.names}
+    configs = {cls.Config.__name__: cls.__module__ for cls in ll.methods().values()}
+    exports = {name: module for module, names in ll._WHERE.items() for name in names.split()}
+    assert read == exports | configs and sorted(exports) == sorted(ll.__all__)
+    shown = {each.asname for node in imports if ".methods." in str(node.module) for each in node.names}
+    assert shown == set(configs), "`as` the same name: else a checker takes it for private"
+
+
+LAZY = """
+import sys
+import lora_lite as ll
+assert "torch" not in sys.modules, "importing the package brings torch"
+assert ll.__version__
+from lora_lite import *
+assert attach is ll.attach and methods is ll.methods and methods()["lora"] is methods.lora.LoRA
+assert "torch" in sys.modules and "LoRAConfig" not in globals() and "LoRAConfig" in dir(ll)
+"""
+
+
+def test_torch_comes_with_the_first_name() -> None:
+    done = subprocess.run([sys.executable, "-c", LAZY], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_methods_are_there_whichever_module_comes_first(tmp_path: Path) -> None:
+    program = "from lora_lite.registry import methods; assert 'lora' in methods()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_source_tree_works_without_being_installed(tmp_path: Path) -> None:
+    shutil.copytree(
+        Path(ll.__file__).parent, tmp_path / "lora_lite", ignore=shutil.ignore_patterns("lab", "__pycache__")
+    )
+    program = (
+        "import importlib.metadata as m\n"
+        "known = m.distribution\n"
+        "def distribution(name):\n"
+        "    if name.startswith('lora'): raise m.PackageNotFoundError(name)\n"
+        "    return known(name)\n"
+        "m.distribution = distribution\n"
+        f"import lora_lite as ll, torch; assert ll.__file__.startswith({str(tmp_path)!r})\n"
+        "model = torch.nn.Sequential(torch.nn.Linear(4, 4)); ll.attach(model, ll.LoRAConfig(target_roles=()))\n"
+        f"ll.save(model, {str(tmp_path / 'a')!r}); print(ll.__version__)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ll.__version__
 
 
 IMPORTS = """

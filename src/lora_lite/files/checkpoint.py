@@ -4,7 +4,6 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from lora_lite.files.base_check import refuse_another_base, samples, sketch
 from lora_lite.files.format import FORMAT, METADATA_KEY, File, Room, checksum, empty_adapter, read
 from lora_lite.frozen_basis import rebuild
 from lora_lite.layers.linear import dense, execution_device, is_linear, shape
+from lora_lite.patterns import LONGEST
 from lora_lite.registry import method_of
 from lora_lite.runtime.attach import commit
 from lora_lite.runtime.attachment import Attachment, attachment, is_adapters_key
@@ -27,6 +27,7 @@ from lora_lite.runtime.readiness import check_layer, refuse_unready, taken_param
 from lora_lite.runtime.state import State, adapters_of, find_root, refuse_merged, root_of, trained_also
 from lora_lite.runtime.train_also import find_train_also
 from lora_lite.runtime.transaction import Transaction
+from lora_lite.version import __version__
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default", basis: bool = True) -> Path:
@@ -112,8 +113,9 @@ def _contents(root: nn.Module, state: State, name: str, basis: bool) -> tuple[di
     tensors = {key: value.detach().to("cpu").contiguous().clone() for key, value in tensors.items()}
     header = {
         "format": FORMAT,
-        "version": version("lora-lite"),
+        "version": __version__,
         "name": name,
+        "base_name": base_name(root),
         "configs": [{"method": method_of(cfg).facts.name, "config": cfg.to_dict()} for cfg in attached.configs],
         "targets": targets,
         "train_also": list(attached.originals),
@@ -122,6 +124,14 @@ def _contents(root: nn.Module, state: State, name: str, basis: bool) -> tuple[di
         "basis": basis,
     }
     return header, tensors
+
+
+def base_name(root: nn.Module) -> str:
+    """What people call the base: the hub id or the last part of the folder that it came from, else its class."""
+    known = str(getattr(getattr(root, "config", None), "_name_or_path", "") or "")
+    if Path(known).is_absolute():  # of this machine, and nobody else's business
+        known = Path(known).name
+    return (known or type(root).__name__)[:LONGEST]
 
 
 def _stored(adapter: Adapter, layer: nn.Module, path: str, basis: bool) -> dict[str, Tensor]:

@@ -85,6 +85,10 @@ class Room:
             )
 
 
+# Of a file that is looked at without a model: more layers and parameters than any has.
+ALONE = Room([(1, 1)] * 20_000, [1] * 20_000, 1_000)
+
+
 def read(where: Path, room: Room) -> File:
     """Read a file and check it in itself: size, format, configs, shapes (before tensors are read), checksum,
     finiteness."""
@@ -118,6 +122,29 @@ def read(where: Path, room: Room) -> File:
     return file
 
 
+def read_alone(where: Path) -> tuple[File, dict[str, Any], dict[str, list[int]]]:
+    """A file without a model and without its tensors: what it says, its header, and the shape of each tensor.
+
+    The limits are those of no model in particular; shapes are compared with what the configs ask for, as in `read`.
+    """
+    if not where.is_file():
+        raise FileNotFoundError(f"no adapter file at {where}")
+    with open(where, "rb") as opened:
+        header_bytes = int.from_bytes(opened.read(8), "little")
+    if ALONE.header_bytes < header_bytes <= where.stat().st_size:
+        raise CheckpointError(f"{where}: has {header_bytes:,} bytes of metadata, more than adapters have")
+    try:
+        with safe_open(where, framework="pt") as handle:
+            header = _header(where, handle.metadata())
+            _check_counts(where, header, ALONE)
+            file = _parse(where, header)
+            slices = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 (it is no dict)
+            _check_shapes(file, slices)
+            return file, header, {key: each.get_shape() for key, each in slices.items()}
+    except SafetensorError as error:
+        raise CheckpointError(f"{where}: is no whole safetensors file ({error}); copy it again") from error
+
+
 def _header(where: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
     if METADATA_KEY not in (metadata or {}):
         raise CheckpointError(f"{where}: was not written by lora-lite (no {METADATA_KEY!r} in its metadata)")
@@ -129,7 +156,19 @@ def _header(where: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
         raise CheckpointError(
             f"{where}: has format {header['format']!r}, this version reads {FORMAT}; use the version that wrote it"
         )
-    expected = {"format", "version", "name", "configs", "targets", "train_also", "buffers", "base", "basis", "checksum"}
+    expected = {
+        "format",
+        "version",
+        "name",
+        "base_name",
+        "configs",
+        "targets",
+        "train_also",
+        "buffers",
+        "base",
+        "basis",
+        "checksum",
+    }
     if not isinstance(header, dict) or set(header) != expected:
         raise CheckpointError(f"{where}: its metadata must have just the keys {sorted(expected)}; copy the file again")
     return header
@@ -176,6 +215,8 @@ def _parse(where: Path, header: dict[str, Any]) -> File:
         if bad := [key for key, dims in sampled.items() if not all(is_int(size, 1) for size in dims)]:
             raise ValueError(f"{bad[0]} has shape {sampled[bad[0]]!r}")
         basis = bool(header["basis"])
+        if not (isinstance(header["base_name"], str) and len(header["base_name"]) <= LONGEST):
+            raise ValueError("base_name is no short text")
     except KeyError as error:
         raise CheckpointError(
             f"{where}: unknown method or missing metadata {error}; methods here: {', '.join(known)}"

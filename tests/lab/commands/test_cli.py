@@ -22,7 +22,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def train(folder: Path, *flags: str) -> int:
-    return cli.main(["train", "--model", str(folder / "model"), "--out", str(folder / "out"), *SMALL, *flags])
+    return cli.main(["train", "--json", "--model", str(folder / "model"), "--out", str(folder / "out"), *SMALL, *flags])
 
 
 def test_list_names_every_method_with_its_facts(capsys: pytest.CaptureFixture[str]) -> None:
@@ -32,7 +32,7 @@ def test_list_names_every_method_with_its_facts(capsys: pytest.CaptureFixture[st
     known = json.loads(capsys.readouterr().out)
     assert known.keys() == ll.methods().keys()
     for name, cls in ll.methods().items():
-        assert f"{name} " in table and cls.facts.arxiv in table and cls.facts.title in table
+        assert f"{name} " in table and cls.facts.arxiv in table and known[name]["title"] == cls.facts.title
         assert known[name]["affine"] == cls.facts.affine and known[name]["lr"] == cls.facts.lr
 
 
@@ -139,7 +139,7 @@ def test_errors_say_what_is_wrong(
         (["train", "--steps", "0", "lora"], "TrainConfig.steps = 0"),
         (["train", "--dtype", "float8", "lora"], "must be one of auto"),
         (["what"], "what"),
-        ([], "{list,train,bench,study,cost,report}"),
+        ([], "{list,train,bench,study,cost,report,inspect-file}"),
     ],
 )
 def test_flags_that_are_not_understood_exit_with_2(
@@ -152,7 +152,7 @@ def test_flags_that_are_not_understood_exit_with_2(
 
 
 def test_a_model_that_is_not_there_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["train", "--model", "nobody/nothing", "--out", str(tmp_path), "lora"]) == 1
+    assert cli.main(["train", "--task", "gcd", "--model", "nobody/nothing", "--out", str(tmp_path), "lora"]) == 1
     assert "cannot load a causal language model 'nobody/nothing'" in capsys.readouterr().err
 
 

@@ -23,7 +23,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def bench(folder: Path, *flags: str) -> int:
-    return cli.main(["bench", "--model", str(folder / "model"), "--out", str(folder / "out"), *SMALL, *flags])
+    return cli.main(["bench", "--json", "--model", str(folder / "model"), "--out", str(folder / "out"), *SMALL, *flags])
 
 
 def last_line(capsys: pytest.CaptureFixture[str]) -> dict:
@@ -43,7 +43,7 @@ def test_bench_measures_and_makes_a_page_and_report_makes_it_again(
     assert plan["command"].startswith("lora-lite bench --model") and "'lora[r=1]'" in plan["command"]
 
     (folder / "out" / "index.html").unlink()
-    assert cli.main(["report", str(folder / "out"), "--tsv", str(folder / "b.tsv")]) == 0
+    assert cli.main(["report", "--json", str(folder / "out"), "--tsv", str(folder / "b.tsv")]) == 0
     assert last_line(capsys) == printed and (folder / "out" / "index.html").read_text() == page
     assert (folder / "a.tsv").read_text() == (folder / "b.tsv").read_text()
 
@@ -99,7 +99,7 @@ def test_study_lists_what_there_is_and_takes_the_flags_of_bench(
     assert cli.main(["study", "--help"]) == 0
     listed = capsys.readouterr().out
     assert all(name in listed for name in study_names())
-    flags = ["--smoke", "--model", str(folder / "model"), "--out", str(folder / "out"), *SMALL, "--no-page"]
+    flags = ["--json", "--smoke", "--model", str(folder / "model"), "--out", str(folder / "out"), *SMALL, "--no-page"]
     assert cli.main(["study", "rotation_axis", *flags, "--layers", "0", "1"]) == 0
     assert last_line(capsys)["accuracy"].keys() == {
         f"antipasto_rot[rotate_basis={basis}]" for basis in ("none", "V", "U", "both")
@@ -110,7 +110,7 @@ def test_study_lists_what_there_is_and_takes_the_flags_of_bench(
 
 
 def test_cost_from_shapes_and_measured(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["cost", "--shapes", "--model", str(folder / "model"), "--methods", "lora[r=1,2]"]) == 0
+    assert cli.main(["cost", "--json", "--shapes", "--model", str(folder / "model"), "--methods", "lora[r=1,2]"]) == 0
     found = last_line(capsys)
     assert found["lora[r=2]"]["trainable"] == 2 * found["lora[r=1]"]["trainable"] > 0
 

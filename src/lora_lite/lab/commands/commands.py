@@ -1,13 +1,9 @@
-"""The commands of the lab, each a function from arguments to an exit code. The last line printed is JSON."""
+"""The commands of the lab, each a function from arguments to an exit code."""
 
 import argparse
-import json
-import re
-import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import tyro
 
@@ -20,10 +16,11 @@ from lora_lite.lab.models.devices import pick_device, pick_dtype
 from lora_lite.lab.probe.probe import probe
 from lora_lite.lab.report import tables
 from lora_lite.lab.report.page import write_page
-from lora_lite.lab.shared_flags import TrustRemoteCode
+from lora_lite.lab.shared_flags import EVERYWHERE, Shared, TrustRemoteCode, slug
 from lora_lite.lab.studies.bench import run_study
 from lora_lite.lab.studies.ledger import Ledger
 from lora_lite.lab.studies.study import Study, load_study, study_names
+from lora_lite.lab.tasks.gym import EXAMPLES as TASKS
 from lora_lite.lab.training import examples as reports
 from lora_lite.lab.training.run import finetune
 
@@ -38,22 +35,18 @@ RESUME = {
 STYLE = (tyro.conf.OmitArgPrefixes,)
 
 
-def say(value: Any) -> None:
-    """The last line of output."""
-    print(json.dumps(value, sort_keys=True).replace("\x7f", r"\u007f"))
-
-
-def train(arguments: Sequence[str]) -> int:
+def train(arguments: Sequence[str], shared: Shared) -> int:
     """Fine-tune, and measure before and after; or probe."""
     run, method, training = flags.parse(arguments)
     if run.probe:
         found = probe(run, method, training)
         terminal.console().print(found.table())
-        say(found.summary())
+        shared.say(found.summary())
         return 0 if found.ok else 1
     result = finetune(run, method, training)
     reports.show(result)
-    say(result.summary)
+    terminal.line(terminal.console(), f"all that was measured: {Path(result.summary['run']['out']) / 'result.json'}")
+    shared.say(result.summary)
     return 0
 
 
@@ -78,7 +71,8 @@ class BenchFlags:
     report_to: tuple[str, ...] = ()
 
 
-BENCH = """Compare methods on a model and a task, with equal budgets, and say which differences are real.
+BENCH = (
+    """Compare methods on a model and a task, with equal budgets, and say which differences are real.
 
     lora-lite bench --methods lora,dora,'antipasto_arrow[block=8,32]' --task gsm_symbolic --steps 100
     lora-lite bench --methods all --model Qwen/Qwen3-0.6B-Base --task metamath_gsm8k --quantization 4bit
@@ -88,16 +82,23 @@ learning rates around its method's default, chosen on validation examples only, 
 Stop it at any moment: the same command goes on. Several processes may share --out. Failed runs are recorded with their
 reason, and the others go on. Exit code: 0 done, 1 failed, 2 flags not understood, 130 interrupted.
 """
-STUDY = "Run a comparison that comes with the library. Its settings are the defaults of the flags of `lora-lite bench`."
+    + EVERYWHERE
+)
+STUDY = (
+    "Run a comparison that comes with the library. Its settings are the defaults of the flags of `lora-lite bench`. "
+    + EVERYWHERE
+)
 
 
-def bench(arguments: Sequence[str]) -> int:
+def bench(arguments: Sequence[str], shared: Shared) -> int:
     """Compare."""
     found = tyro.cli(BenchFlags, args=list(arguments), prog="lora-lite bench", description=BENCH, config=STYLE)
-    return compare(found, f"lora-lite bench {shlex.join(arguments)}")
+    if not any(word.split("=")[0] in ("--task", "--study.task") for word in arguments):
+        argparse.ArgumentParser(prog="lora-lite bench").error(f"nothing says what to compare on: give --task {TASKS}")
+    return compare(found, shared.command("bench", arguments), shared)
 
 
-def study(arguments: Sequence[str]) -> int:
+def study(arguments: Sequence[str], shared: Shared) -> int:
     """Run a study of the library."""
     names = study_names()
     first = argparse.ArgumentParser(prog="lora-lite study", add_help=False)
@@ -113,21 +114,16 @@ def study(arguments: Sequence[str]) -> int:
     found = tyro.cli(
         BenchFlags, args=rest, default=default, prog=f"lora-lite study {known.name}", description=STUDY, config=STYLE
     )
-    return compare(found, f"lora-lite study {shlex.join(arguments)}")
+    return compare(found, shared.command("study", arguments), shared)
 
 
-def compare(asked: BenchFlags, command: str) -> int:
+def compare(asked: BenchFlags, command: str, shared: Shared) -> int:
     """Run a study, and show what it found."""
-    folder = expanded(asked.out) if asked.out else Path("runs") / slug(asked.study.name)
+    folder = expanded(asked.out) if asked.out else Path("runs") / (slug(asked.study.name) or "bench")
     ledger = run_study(asked.study, folder, command, asked.retry_failed, asked.report_to)
     if asked.tsv:
         write_tsv(ledger, asked.tsv)
-    return show(folder, page=asked.page)
-
-
-def slug(name: str) -> str:
-    """A name as that of a folder: letters, digits, dots and hyphens, in no other folder."""
-    return re.sub(r"[^\w.-]+", "-", name).strip(".-") or "bench"
+    return show(folder, asked.page, shared)
 
 
 def write_tsv(ledger: Ledger, path: Path) -> None:
@@ -135,7 +131,7 @@ def write_tsv(ledger: Ledger, path: Path) -> None:
     write_atomically(path, ledger.tsv().encode(errors="backslashreplace"))
 
 
-def show(folder: Path, page: bool) -> int:
+def show(folder: Path, page: bool, shared: Shared) -> int:
     """Print the table of a folder of results, and make its page; 1 if runs failed."""
     findings = analyse(folder)
     console = terminal.console()
@@ -145,7 +141,9 @@ def show(folder: Path, page: bool) -> int:
     written = write_page(findings, folder) if page else []
     arms = {arm.arm: arm.accuracy.mean if arm.accuracy else None for arm in findings.arms}
     pages = [str(path) for path in written]
-    say({"study": findings.name, "accuracy": arms, "missing": len(findings.missing), "files": pages})
+    for line in labelled("page", [path for path in pages if path.endswith(".html")]):
+        terminal.line(console, line)
+    shared.say({"study": findings.name, "accuracy": arms, "missing": len(findings.missing), "files": pages})
     return 1 if findings.failures else 0
 
 
@@ -167,11 +165,14 @@ class ReportFlags:
     tsv: Path | None = None
 
 
-def report(arguments: Sequence[str]) -> int:
+def report(arguments: Sequence[str], shared: Shared) -> int:
     """Make the page of a folder of results: index.html, which needs no network, and pictures."""
-    about = "One self-contained page (index.html) and pictures (PNG) of a bench or study, in its folder, and its table."
+    about = (
+        "One self-contained page (index.html) and pictures (PNG) of a bench or study, in its folder, and its table. "
+    )
+    about += EVERYWHERE
     found = tyro.cli(ReportFlags, args=list(arguments), prog="lora-lite report", description=about, config=STYLE)
-    show(expanded(found.results), page=True)
+    show(expanded(found.results), True, shared)
     if found.tsv:
         write_tsv(Ledger(expanded(found.results)), found.tsv)
     return 0
@@ -203,22 +204,26 @@ class CostFlags:
     target_roles: tuple[str, ...] = Study.target_roles
 
 
-COST = """What methods cost on a model, without training.
+COST = (
+    """What methods cost on a model, without training.
 
     lora-lite cost --shapes --model meta-llama/Llama-3.1-70B    from shapes alone, in seconds
     lora-lite cost --methods lora,antipasto                     measured as well: time, memory, attaching, loading
+
 """
+    + EVERYWHERE
+)
 
 
-def cost(arguments: Sequence[str]) -> int:
+def cost(arguments: Sequence[str], shared: Shared) -> int:
     """Count and measure what methods cost."""
     asked = tyro.cli(CostFlags, args=list(arguments), prog="lora-lite cost", description=COST, config=STYLE)
-    shared = {key: getattr(asked, key) for key in ("methods", "layers", "target_names", "target_roles")}
-    arms = {arm.name: list(arm.configs) for arm in Study(**shared).arms()}
+    targets = {key: getattr(asked, key) for key in ("methods", "layers", "target_names", "target_roles")}
+    arms = {arm.name: list(arm.configs) for arm in Study(**targets).arms()}
     dtype = pick_dtype(asked.dtype, pick_device(None))
     found = costs(
         asked.model, arms, dtype, asked.quantization, not asked.shapes, trust_remote_code=asked.trust_remote_code
     )
     terminal.console().print(cost_table(found))
-    say(found)
+    shared.say(found)
     return 0

@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import difflib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
@@ -11,19 +13,25 @@ import tyro
 import lora_lite as ll
 from lora_lite.adapter import Adapter
 from lora_lite.config import AdapterConfig
+from lora_lite.lab.shared_flags import EVERYWHERE
+from lora_lite.lab.tasks.gym import EXAMPLES
 from lora_lite.lab.training.config import RunConfig
 from lora_lite.lab.training.presets import PRESETS
 from lora_lite.lab.training.progress import TrainConfig
+from lora_lite.peft_names import advice
 
 PROG = "lora-lite train"
-DESCRIPTION = """Fine-tune an adapter on a frozen language model, and measure it on held-out items before and after.
+DESCRIPTION = (
+    """Fine-tune an adapter on a frozen language model, and measure it on held-out items before and after.
 
 Flags may stand before or after the method; a preset sets them all, and others change it from there:
     lora-lite train --preset demo dora
     lora-lite train --model Qwen/Qwen3-0.6B-Base --task gsm_symbolic --steps 300 lora --r 16
-The adapter, checkpoints and result.json go to --out; --resume goes on after an interruption. The last line printed is
-JSON. Exit code: 0 done, 1 failed, 2 flags not understood, 130 interrupted.
+The adapter, checkpoints and result.json go to --out; --resume goes on after an interruption.
+Exit code: 0 done, 1 failed, 2 flags not understood, 130 interrupted.
 """
+    + EVERYWHERE
+)
 # Set for all methods at once: the seed by --seed; adapters stay in fp32 whatever the base is.
 COMMON = ("dtype", "seed")
 
@@ -55,11 +63,39 @@ def parse(arguments: Sequence[str]) -> tuple[RunConfig, AdapterConfig, TrainConf
     )
     style = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs)
     description = f"{DESCRIPTION}\nPresets (--preset NAME): " + "; ".join(f"{k}: {v.about}" for k, v in PRESETS.items())
-    found: Any = tyro.cli(Train, args=rest, prog=PROG, description=description, config=style)
     try:
-        return found.run, to_config(methods, found.method, found.training.seed), found.training
+        found: Any = tyro.cli(Train, args=rest, prog=PROG, description=description, config=style)
+    except SystemExit as stopped:
+        for hint in (
+            hints(rest, {name: flags for name, flags in methods.items() if name == named}) if stopped.code else ()
+        ):
+            print(f"{PROG}: {hint}", file=sys.stderr)
+        raise
+    try:
+        method = to_config(methods, found.method, found.training.seed)
     except ValueError as error:
         first.error(str(error))
+    if not (found.run.task or found.run.probe):
+        first.error(f"nothing says what to learn: give --preset demo, or --task {EXAMPLES}")
+    return found.run, method, found.training
+
+
+def hints(arguments: Sequence[str], methods: Mapping[str, type]) -> list[str]:
+    """What may have been meant by flags and methods that do not exist, a line each."""
+    classes = (RunConfig, TrainConfig, *methods.values())
+    known = [field.name for flags in classes for field in dataclasses.fields(flags)]
+    found = []
+    for word in arguments:
+        name = word.split("=")[0].lstrip("-").replace("-", "_")
+        if word.startswith("--") and name.removeprefix("no_") not in known and (hint := advice(name, known, "--{}")):
+            found.append(f"there is no {word.split('=')[0]}; {hint}")
+    if not any(word in ll.methods() for word in arguments):
+        for word in arguments:
+            near = difflib.get_close_matches(word, ll.methods(), n=3)
+            near.sort(key=lambda name: sorted(name) != sorted(word))  # letters that changed places come first
+            if near and not word.startswith("-"):
+                found.append(f"there is no method {word!r}; did you mean {near[0]}?")
+    return found
 
 
 def to_config(methods: Mapping[str, type], values: Any, seed: int) -> AdapterConfig:

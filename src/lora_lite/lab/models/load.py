@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lora_lite.lab import hub
 from lora_lite.lab.models.damage import damage
 from lora_lite.lab.models.embedded import EMBEDDED, ModelError, embedded_folder
 from lora_lite.layers.packing import forbid_packing
@@ -74,7 +75,20 @@ def model_config(name: str = EMBEDDED, trust_remote_code: bool = False) -> PreTr
 
 
 def _folder(name: str) -> str:
-    return str(embedded_folder()) if name == EMBEDDED else os.path.expanduser(name)
+    """The folder or hub id to read. Raises ModelError for a path that leads to no folder, and has the hub asked whether
+    it answers."""
+    if name == EMBEDDED:
+        return str(embedded_folder())
+    path = Path(os.path.expanduser(name))
+    if path.is_file():
+        raise ModelError(f"the model {name!r} is a file; give the folder of a model saved with save_pretrained")
+    if not path.is_dir():
+        if name.startswith(("/", "./", "../", "~")) or name.endswith("/") or name.count("/") > 1:
+            raise ModelError(
+                f"there is no folder {name!r}; a model is {EMBEDDED!r}, a folder, or a hub id (owner/name)"
+            )
+        hub.silence()
+    return str(path)
 
 
 def _quantized(quantization: str, dtype: torch.dtype, device: str | torch.device | None) -> dict[str, Any]:
@@ -130,7 +144,12 @@ def _unreadable(folder: str, name: str, error: Exception) -> ModelError:
         reason = damage(Path(folder)) or " ".join(reason.split())
         return ModelError(
             f"cannot load a causal language model {name!r} from {where}: {one_line(reason)}; fetch or save that model "
-            "anew (save_pretrained, of the model and of its tokenizer), or give another folder"
+            "again (save_pretrained, of the model and of its tokenizer), or give another folder"
+        )
+    if not Path(folder).is_dir() and (silence := hub.silence()):
+        return ModelError(
+            f"cannot load a causal language model {name!r}: no folder of that name, no copy in the hub cache, "
+            f"and {silence}; {EMBEDDED!r} needs no network"
         )
     return ModelError(
         f"cannot load a causal language model {name!r} from {where}: {reason}\n"

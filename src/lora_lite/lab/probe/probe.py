@@ -23,6 +23,7 @@ from lora_lite.lab.training.run import calibration
 
 STEPS = 3  # the second is the first in which all of a LoRA can move
 EXAMPLES, BATCH = 8, 2
+TASK = "family_relationships"  # where none is given: any will do
 NOT_REACHED = "not reached"
 
 
@@ -74,7 +75,7 @@ def probe(run: RunConfig, method: ll.AdapterConfig | Configs, training: TrainCon
     """
     device = pick_device(run.device)
     dtype = pick_dtype(run.dtype, device)
-    task = load_task(run.task)
+    task = load_task(run.task or TASK)
     examples, _ = task.up_to("train", min(EXAMPLES, run.train_examples), training.seed)
     load = partial(
         load_model, run.model, dtype, device, quantization=run.quantization, trust_remote_code=run.trust_remote_code

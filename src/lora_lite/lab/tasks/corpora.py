@@ -12,6 +12,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
+from lora_lite.lab import hub
 from lora_lite.lab.tasks.row_files import FORMATS, CorpusError, plain_rows, read_rows, row_format, typed_rows
 from lora_lite.lab.tasks.row_splits import split_files
 
@@ -78,12 +79,18 @@ def _hub_rows(source: str, split: str, columns: Sequence[str], where: str) -> tu
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
+    silence = hub.silence()
     try:
         table = load_dataset(hub_id, config or None, split=split)
         names = list(table.column_names)
         # As Arrow's table: it knows which floats are narrow ones.
         rows = typed_rows(table.select_columns([name for name in columns if name in names]).with_format("arrow")[:])
     except (OSError, ValueError, DatasetsError) as error:
+        if silence:
+            raise CorpusError(
+                f"cannot read rows from {where}: there is no file or folder of that name and no copy in the cache, and "
+                f"{silence}"
+            ) from error
         cause = f" ({error.__cause__})" if error.__cause__ else ""
         raise CorpusError(
             f"cannot read rows from {where}: {error}{cause}\nFix it: give a {', '.join(FORMATS)} file, a folder with "

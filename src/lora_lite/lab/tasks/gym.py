@@ -4,12 +4,17 @@ import difflib
 import itertools
 import math
 import textwrap
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
-import reasoning_gym
-from reasoning_gym.factory import DATASETS
+with (
+    warnings.catch_warnings()
+):  # it and what it needs bring code that Python finds doubtful, which no user here can mend
+    warnings.simplefilter("ignore", SyntaxWarning)
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
 
 from lora_lite.lab.tasks.row_tasks import TASKS
 from lora_lite.lab.tasks.scoring import RIGHT, normal
@@ -26,6 +31,7 @@ from lora_lite.lab.tasks.task import (
 from lora_lite.lab.tasks.verifiers import VERIFIERS
 
 BLOCK = 512  # items generated from one dataset object
+EXAMPLES = "a file of yours (mine.jsonl), gsm8k, or a generator of reasoning-gym, such as gcd or word_sorting"
 PROBED = 3  # examples whose verifier is asked about nonsense when a task is made
 NONSENSE = ("", "I do not know", "nan", "inf", "-inf", "1e999", "None", "true", "[]", "{}", "()", "?", "(", "\x00")
 
@@ -41,10 +47,15 @@ def gym_task(
     Raises TaskError for what does not exist or is refused, and for a generator whose verifier takes nonsense for right.
     """
     require_no_instruction(instruction, chat)
+    if not name:
+        raise TaskError(f"no task given: {EXAMPLES}")
+    if name not in DATASETS and "/" in name:
+        raise TaskError(f"there is no file or folder {name!r}, and no task of that name")
     if name not in DATASETS:
         known = [*TASKS, *DATASETS]
-        close = difflib.get_close_matches(name, known, n=3) or sorted(known)
-        raise TaskError(f"no task or reasoning-gym generator {name!r}; did you mean {', '.join(close)}?")
+        close = difflib.get_close_matches(name, known, n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else f"give {EXAMPLES}"
+        raise TaskError(f"no task or reasoning-gym generator {name!r}; {hint}")
     first = _dataset(name, params, seed=0)[0]
     if not isinstance(first["answer"], str):
         raise TaskError(f"the generator {name!r} gives no answer text, so nothing can be learned from it")

@@ -1,14 +1,20 @@
 """What a training run is asked to do."""
 
+import dataclasses
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_lite.config import AdapterConfig
 from lora_lite.files.atomic import expanded
 from lora_lite.lab.models.devices import DTYPES
 from lora_lite.lab.models.load import EMBEDDED
-from lora_lite.lab.shared_flags import TrustRemoteCode
+from lora_lite.lab.shared_flags import TrustRemoteCode, slug
 from lora_lite.lab.training.data import MAX_LENGTH
+from lora_lite.registry import method_of
 
+NAMED = Path("runs/TASK-METHOD-MODEL")  # stands for a folder with these names
 CALIBRATION_BATCHES = 8
 
 
@@ -30,7 +36,7 @@ class RunConfig:
         train_also: names or regexes of base parameters to train as well, such as a head or an embedding.
         reload_examples: items that the reloaded adapter must answer as the trained one did.
         max_length: longest example in tokens; longer ones are left out and counted.
-        out: folder for the adapter, the checkpoints and the result.
+        out: folder for the adapter, the checkpoints and the result; by default one named for what is asked.
         resume: go on from the last checkpoint in `out`.
         overwrite: give up what an earlier run left in `out`.
         report_to: trackers: "tensorboard", "wandb", "trackio"; through accelerate.
@@ -38,7 +44,7 @@ class RunConfig:
     """
 
     model: str = EMBEDDED
-    task: str = "family_relationships"
+    task: str = ""
     quantization: str = "none"
     dtype: str = "auto"
     device: str | None = None
@@ -48,12 +54,21 @@ class RunConfig:
     reload_examples: int = 16
     train_also: tuple[str, ...] = ()
     max_length: int = MAX_LENGTH
-    out: Path = Path("runs/latest")
+    out: Path = NAMED
     resume: bool = False
     overwrite: bool = False
     trust_remote_code: TrustRemoteCode = False
     report_to: tuple[str, ...] = ()
     probe: bool = False
+
+    def named(self, methods: Sequence[AdapterConfig]) -> "RunConfig":
+        """The run with the folder that it writes to."""
+        if self.out != NAMED:
+            return self
+        path = re.search(r"path=([^,]+)", self.task)
+        task = Path(path[1] if path else self.task.partition(":")[0]).stem
+        names = [task, "+".join(method_of(cfg).facts.name for cfg in methods), Path(self.model).name]
+        return dataclasses.replace(self, out=NAMED.parent / "-".join(filter(None, map(slug, names))))
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "out", expanded(self.out))

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from lora_lite.adapter import Adapter
@@ -42,7 +41,7 @@ PRESETS = {
     "none": Preset("the defaults of every setting"),
     "demo": Preset(
         "the embedded model learns to reverse lists of words, in a few minutes on two CPU cores",
-        run=RunConfig(task=REVERSAL, train_examples=256, test_examples=64, out=Path("runs/demo")),
+        run=RunConfig(task=REVERSAL, train_examples=256, test_examples=64),
         training=TrainConfig(steps=32, batch_size=8, final_lr=0.05, save_every=16),
         methods={"lora": {"r": 16, "alpha": 32.0}},
         rates={"lora": 2e-3, "antipasto": 2e-2},

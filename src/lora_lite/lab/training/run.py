@@ -55,6 +55,8 @@ def finetune(run: RunConfig, method: ll.AdapterConfig | Sequence[ll.AdapterConfi
             here, or the reloaded adapter answers differently.
         ModelError, TaskError, DataError, TrainingError, TargetError, ...: as each part says.
     """
+    run = run.named([method] if isinstance(method, ll.AdapterConfig) else method)
+    note(f"results go to {run.out}")
     place = Place(run.out, run.resume, run.overwrite)
     if run.resume and place.result.exists():
         note(f"{run.out} holds this run, and it is finished: its result is reported again")
