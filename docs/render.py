@@ -9,7 +9,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def one_line(cls: type[ll.Adapter]) -> str:
 def trained_values(cls: type[ll.Adapter]) -> int:
     """Trained values of an adapter with default settings."""
     with torch.device("meta"):
-        adapter = cls(cls.Config(), WIDTH, WIDTH)
+        adapter = cls(cls.Config(), WIDTH, WIDTH)  # type: ignore[call-arg]
     return sum(value.numel() for value in adapter.parameters() if value.requires_grad)
 
 
@@ -130,7 +130,7 @@ def tree_short() -> str:
     return "\n".join([*lines, "```"])
 
 
-def room(parts: tuple[str, ...]) -> str:
+def room(parts: Sequence[str]) -> str:
     """The folder or single file that a module belongs to; the lab's folders count one by one."""
     return "/".join(parts[:2]) if parts[0] == "lab" and len(parts) > 2 else parts[0]
 

@@ -56,12 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     inspect.add_argument("adapter", help="a file that lora_lite.save wrote")
     inspect.add_argument("--json", action="store_true", help="as JSON")
     known = None if arguments and arguments[0] in LAB else parser.parse_args(arguments)
-    try:
-        for path in asked.imports:
+    for path in asked.imports:
+        try:
             run_file(path)
-    except Exception as error:  # whatever the file does
-        print(printable(f"lora-lite: --import {path}: {type(error).__name__}: {error}"), file=sys.stderr)
-        return 1
+        except Exception as error:  # whatever the file does
+            print(printable(f"lora-lite: --import {path}: {type(error).__name__}: {error}"), file=sys.stderr)
+            return 1
     if known is None:
         return lab_command(arguments[0], arguments[1:], asked.imports)
     if known.command == "inspect-file":

@@ -112,7 +112,7 @@ def _step(accelerator: Accelerator, model: Any, batch: Sequence[Encoded], pad: i
     weight = processes / total if mine else 0.0
     mine = mine or batch[:1]
     size = math.ceil(len(mine) / cfg.accumulation)
-    share = torch.zeros((), device=accelerator.device)
+    share, inputs = torch.zeros((), device=accelerator.device), dict[str, torch.Tensor]()
     for start in range(0, len(mine), size):
         inputs = {key: value.to(accelerator.device) for key, value in collate(mine[start : start + size], pad).items()}
         # The gradients are exchanged once, with the last part: processes may have unequal numbers of parts.
