@@ -42,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="lora-lite",
         description="Small adapters for frozen models: list the methods, train one, compare them, see what they cost.",
         epilog="Every command takes --json, and --import my_method.py (again for more), which makes your own methods "
-        "and bases known. Start with: lora-lite train --preset demo lora. Each command explains itself: lora-lite train "
-        "--help",
+        "and bases known. Start with: lora-lite train --preset demo lora. Each command explains itself: "
+        "lora-lite train --help",
     )
     parser.add_argument("--version", action="version", version=f"lora-lite {__version__}")
     names = ["list", *LAB, "inspect-file"]
