@@ -127,8 +127,8 @@ def test_own_methods_are_known_to_every_command(tmp_path: Path, capsys: pytest.C
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 8))
-    ll.attach(model, ll.LoRAConfig(r=2, target_roles=()), train_also=("1.bias",))
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 8), torch.nn.LayerNorm(8))
+    ll.attach(model, ll.LoRAConfig(r=2, target_roles=()), train_also=("2.bias",))
     return ll.save(model, tmp_path / "a.safetensors")
 
 
@@ -137,7 +137,7 @@ def test_inspect_file_tells_what_a_file_holds(adapter: Path, capsys: pytest.Capt
     found = json.loads(capsys.readouterr().out)
     assert found["base"]["name"] == "Sequential" and len(found["base"]["fingerprint"]) == 16
     assert found["trained_values"] == 2 * 2 * (8 + 16) + 8 and found["frozen_values"] == 0 and found["layers"] == 2
-    assert found["train_also"] == {"1.bias": [8]} and found["methods"][0]["config"]["r"] == 2
+    assert found["train_also"] == {"2.bias": [8]} and found["methods"][0]["config"]["r"] == 2
     assert found["targets"] == {"lora r=2 * (8 -> 16)": 1, "lora r=2 * (16 -> 8)": 1}
     assert cli.main(["inspect-file", str(adapter)]) == 0
     told = capsys.readouterr().out
