@@ -1,8 +1,8 @@
 """The record of what is attached under one name."""
 
+import html
 import re
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,7 +12,7 @@ from lora_lite.runtime.attach_cost import AttachCost
 from lora_lite.runtime.state import adapters_of, root_of, trained_also
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Attachment:
     """What is attached under one name.
 
@@ -52,17 +52,35 @@ class Attachment:
         tensors = [value for adapter in self.targets.values() for value in adapter.state_dict().values()]
         return sum(tensor.nbytes for tensor in [*tensors, *self.also.values()]) / 1e6
 
+    def __repr__(self) -> str:
+        return self.summary()
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        rows = [(method, str(count), pattern, tensors) for method, count, pattern, tensors in self._groups()]
+        rows += [("train_also", "1", name, str(tuple(value.shape))) for name, value in self.also.items()]
+        cells = [("th", ("method", "layers", "where", "tensors")), *(("td", row) for row in rows)]
+        lines = ["".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in row) for tag, row in cells]
+        table = "".join(f"<tr>{line}</tr>" for line in lines)
+        return f"<table>{table}</table><p>{'<br>'.join(map(html.escape, self._totals()))}</p>"
+
     def summary(self) -> str:
         """A table: a line for each method and shape of layer, then the totals."""
-        groups: dict[tuple[Any, ...], list[str]] = {}
+        lines = [f"{method:<16} {count:>4} x {where:<44} {tensors}" for method, count, where, tensors in self._groups()]
+        lines += [f"train_also        {name} {tuple(value.shape)}" for name, value in self.also.items()]
+        return "\n".join([*lines, *self._totals()])
+
+    def _groups(self) -> list[tuple[str, int, str, str]]:
+        """(method, number of layers, pattern of their paths, tensors) of layers that are alike."""
+        groups: dict[tuple[str, str, str], int] = {}
         for path, adapter in self.targets.items():
             tensors = ", ".join(f"{key} {tuple(value.shape)}" for key, value in adapter.state_dict().items())
-            groups.setdefault((adapter.facts.name, re.sub(r"\d+", "*", path), tensors), []).append(path)
-        lines = [
-            f"{method:<16} {len(paths):>4} x {pattern:<44} {tensors}"
-            for (method, pattern, tensors), paths in groups.items()
-        ]
-        lines += [f"train_also        {name} {tuple(value.shape)}" for name, value in self.also.items()]
+            group = (adapter.facts.name, re.sub(r"\d+", "*", path), tensors)
+            groups[group] = groups.get(group, 0) + 1
+        return [(method, count, pattern, tensors) for (method, pattern, tensors), count in groups.items()]
+
+    def _totals(self) -> list[str]:
+        lines = []
         share = 100 * self.num_trainable / max(self.base_size, 1)
         lines.append(
             f"{self.name}: {self.num_trainable:,} trained ({share:.3g}% of the base's {self.base_size:,}), "
@@ -79,7 +97,7 @@ class Attachment:
         if self.uncovered:
             part = 100 * sum(self.uncovered.values()) / max(self.base_size, 1)
             lines.append(f"out of reach of hooks: {part:.3g}% of the base ({', '.join(list(self.uncovered)[:3])}, ...)")
-        return "\n".join(lines)
+        return lines
 
 
 def stored_buffers(adapter: Adapter) -> dict[str, Tensor]:
