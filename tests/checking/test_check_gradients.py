@@ -231,8 +231,8 @@ class Pictures(nn.Module):
         ([0, 0], False, False),  # as many images as rows, and both of row 0
         ([1, 0], False, False),
         ([0, 0, 0, 1], False, None),  # refused, for 4 images are no 2 rows
-        ([0, 0, 0, 1], True, False),  # 4 images of 2 patches look like 2 rows of 4 tokens
-        ([0, 0, 1, 1], True, True),
+        ([0, 0, 0, 1], True, None),  # so are 4 images of 2 patches, that look like 2 rows of 4 tokens,
+        ([0, 0, 1, 1], True, None),  # even where they are what they look like: nothing tells
     ],
 )
 def test_rows_of_images_spread_over_rows_of_text(owners: list[int], flat: bool, independent: bool | None) -> None:

@@ -124,7 +124,7 @@ def test_autocast(method: str) -> None:
         att = ll.attach(model, cfg, calibration(cfg, [IDS]))
         adapters = list(att.targets.values())
         bound = max(adapter.identity_bound(adapter.cfg, torch.bfloat16) for adapter in adapters)
-        with ll.scale(model, 1.0 if adapters[0].trained else 0.0):
+        with ll.scale(model, 1.0 if adapters[0].facts.trained else 0.0):
             start = logits(model)
         assert start.dtype == base.dtype
         assert float((start - base).abs().max().detach() / base.abs().max().detach()) <= bound * len(adapters)
@@ -134,7 +134,7 @@ def test_autocast(method: str) -> None:
         full = logits(model)
         value = full.float().square().mean()
     assert full.dtype == base.dtype
-    if adapters[0].trained:
+    if adapters[0].facts.trained:
         value.backward()
     for adapter in adapters:
         for p in adapter.parameters():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import lora_lite as ll
 from helpers import METHODS, OneLayer, attached, bits, relative, same_bits, tiny_llama, token_ids
+from lora_lite.runtime.state import find_root
 
 IDS = token_ids()
 X = torch.randn(5, 7, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -27,7 +28,7 @@ def layer_with(methods: tuple[str, ...]) -> OneLayer:
 
 
 def add(model: OneLayer, method: str, name: str) -> None:
-    with ll.disabled(model) if ll.state.find_root(model) else torch.no_grad():  # calibrated on the base
+    with ll.disabled(model) if find_root(model) else torch.no_grad():  # calibrated on the base
         att = attached(model, method, [X], name=name, dtype=torch.float64)
     assert list(att.targets) == ["layer"]
 

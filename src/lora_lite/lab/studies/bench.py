@@ -55,10 +55,10 @@ def run_study(
     ledger = Ledger(folder)
     study = study.as_run()  # errors in the line of arms, and missing trackers, come before the model is loaded
     require_trackers(report_to)
-    make_folder(folder)
     bench = open_workbench(study)
     bench.trackers = partial(Trackers, report_to, device=bench.device)
     plan = {**plan_of(bench), "command": command}
+    make_folder(folder)
     require_same_study(folder, study, plan)
     publish(folder / "study.json", plan)
     publish(ledger.data / f"{bench.prints['test']}.json", [[e.prompt, e.answer] for e in bench.test])
