@@ -11,7 +11,7 @@ from lora_lite.lab.tasks.scoring import mentions_number, numeric
 from lora_lite.lab.tasks.task import Example, Task, by_occurrence, by_reference, from_examples
 from lora_lite.lab.training import data
 from lora_lite.lab.training import evaluate as lab
-from lora_lite.lab.training.data import Encoded
+from lora_lite.lab.training.data import DataError, Encoded
 from lora_lite.lab.training.evaluate import EvaluationError, evaluate, generate
 
 EOS = 256
@@ -288,7 +288,7 @@ def test_losses_are_of_eval_mode_and_put_the_mode_back(training: bool) -> None:
     assert lab.text_loss(model, [[1, 2, 3]]) == lab.text_loss(model, [[1, 2, 3]])
     assert [module.training for module in model.modules()] == before
     assert all(p.grad is None for p in model.parameters())
-    with pytest.raises(IndexError):
+    with pytest.raises(DataError, match="token 300, and the model's embedding has 258 rows"):
         lab.text_loss(model, [[1, 2, 300]])
     assert [module.training for module in model.modules()] == before
 
