@@ -12,6 +12,7 @@ from lora_lite.lab.commands import commands
 from lora_lite.lab.costs.measure import MeasureError
 from lora_lite.lab.findings.analysis import analyse
 from lora_lite.lab.findings.caveats import caveats
+from lora_lite.lab.shared_flags import Shared
 from lora_lite.lab.studies import bench, workbench
 from lora_lite.lab.studies.ledger import DONE, Ledger
 from lora_lite.lab.studies.study import StudyError
@@ -62,7 +63,7 @@ def test_a_failed_base_and_failed_costs_are_told(model: str, tmp_path: Path, mon
         "the bare base: MeasureError: no figure", "lora: seed 1: MeasureError: no figure",
         "lora: costs: MeasureError: no figure",
     )  # fmt: skip
-    assert commands.show(tmp_path, page=False) == 1
+    assert commands.show(tmp_path, page=False, shared=Shared()) == 1
 
 
 @pytest.mark.slow

@@ -74,7 +74,7 @@ def test_split_shares_are_as_declared() -> None:
     ("spec", "message"),
     [
         ("famly_relationship", "family_relationships"),
-        ("no such thing at all", "chain_sum"),
+        ("no such thing at all", "a generator of reasoning-gym, such as gcd"),
         ("gsm8", "gsm8k"),
         ("jsonl:colour=3,path=x", "no parameter 'colour'; it has path"),
         ("gcd:max_numbers=-1", "refuses"),
