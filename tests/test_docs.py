@@ -76,7 +76,6 @@ def test_where_something_new_belongs_is_there() -> None:
 
 @pytest.mark.slow
 def test_the_site_builds_strictly_and_holds_reference_and_results(tmp_path: Path) -> None:
-    pytest.importorskip("mkdocs", reason="the extra `docs` is not installed")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True

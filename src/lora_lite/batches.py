@@ -1,10 +1,23 @@
-"""A model's batches: calling it on one, and the tensors in what goes in and comes out."""
+"""A model's batches: calling it on one, in eval mode if need be, and the tensors in what goes in and comes out."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put every module into eval mode, and each back into its own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def run(model: nn.Module, batch: Any) -> Any:

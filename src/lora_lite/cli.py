@@ -1,6 +1,6 @@
 """The command line: `lora-lite list | train | bench | study | cost | report | inspect-file`.
 
-Exit codes: 0 done; 1 it failed, and the message says where and how to mend it; 2 the command line was not understood;
+Exit codes: 0 done; 1 it failed, and the message says where and how to fix it; 2 the command line was not understood;
 130 interrupted. With --json the last line on standard output is one line of JSON.
 """
 
@@ -86,7 +86,7 @@ def run_file(path: str) -> None:
 
 def inspect_file(path: str, as_json: bool) -> int:
     """Say what an adapter's file holds; the exit code."""
-    from lora_lite.files.description import describe, told
+    from lora_lite.files.description import as_text, describe
 
     try:
         found = describe(Path(path).expanduser())
@@ -94,7 +94,7 @@ def inspect_file(path: str, as_json: bool) -> int:
         hint = " (one of your own? give --import FILE)" if "unknown method" in str(error) else ""
         print(printable(f"lora-lite: {type(error).__name__}: {error}{hint}"), file=sys.stderr)
         return 1
-    print(json.dumps(found, sort_keys=True) if as_json else printable(told(found)))
+    print(json.dumps(found, sort_keys=True) if as_json else printable(as_text(found)))
     return 0
 
 

@@ -281,7 +281,7 @@ def test_a_copy_of_a_merged_model_unmerges_by_itself() -> None:
 
 
 def test_a_weight_that_a_hook_computes_is_refused() -> None:
-    """torch.nn.utils.weight_norm: the weight is no parameter, and each forward writes it anew."""
+    """torch.nn.utils.weight_norm: the weight is no parameter, and each forward pass computes it."""
     model = OneLayer(8, 8)
     torch.nn.utils.weight_norm(model.layer)
     attached(model, "lora")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lora_lite.adapter import full_precision
-from lora_lite.batches import batch_shape, run, tensors_in
+from lora_lite.batches import batch_shape, eval_mode, run, tensors_in
 from lora_lite.calibration.contrast import Contrast
 from lora_lite.calibration.processes import add_up
 from lora_lite.calibration.statistics import STATISTICS, SUMS, Statistics, Sums
@@ -193,19 +193,16 @@ def _pass(model: nn.Module, collector: Collector, data: Iterable[Any]) -> None:
         layer.register_forward_hook(_seeing(collector, path), with_kwargs=True, prepend=True)
         for path, layer in collector.layers.items()
     ]
-    modes = {module: module.training for module in model.modules()}
     try:
-        model.eval()
-        labelled = data.labelled() if isinstance(data, Contrast) else ((None, batch) for batch in data)
-        total = len(data) if isinstance(data, Sized) else None
-        for label, batch in tqdm(labelled, desc="calibrating", unit="batch", leave=False, total=total):
-            collector.start_batch(batch, label)
-            run(model, batch)
+        with eval_mode(model):
+            labelled = data.labelled() if isinstance(data, Contrast) else ((None, batch) for batch in data)
+            total = len(data) if isinstance(data, Sized) else None
+            for label, batch in tqdm(labelled, desc="calibrating", unit="batch", leave=False, total=total):
+                collector.start_batch(batch, label)
+                run(model, batch)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _seeing(collector: Collector, path: str) -> Any:

@@ -26,7 +26,7 @@ def meet(name: str, configs: Iterable[AdapterConfig]) -> None:
     store, rank, ranks = dist.distributed_c10d._get_default_store(), dist.get_rank(), range(dist.get_world_size())
     what = f"{name!r}: {', '.join(type(cfg).__name__ for cfg in configs)}"
     digest = hashlib.sha256(repr([name, *(cfg.to_dict() for cfg in configs)]).encode()).hexdigest()
-    keys = [f"lora_lite/runtime/attach/{_meetings}/{each}" for each in ranks]
+    keys = [f"lora_lite/attach/{_meetings}/{each}" for each in ranks]
     store.set(keys[rank], f"{digest} {what}")
     try:
         store.wait(keys, timedelta(seconds=PATIENCE))

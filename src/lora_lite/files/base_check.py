@@ -5,16 +5,20 @@ no adapter acts on and no file holds, is then distinguished from another one.
 """
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_lite.calibration.statistics import generator
-from lora_lite.errors import BaseMismatchError
+from lora_lite.errors import BaseMismatchError, StateError
 from lora_lite.layers.linear import dense, shape
 from lora_lite.numerics import full_precision
-from lora_lite.runtime.base_values import Samples, base_samples
+from lora_lite.patterns import LONGEST
+from lora_lite.runtime.attachment import is_adapters_key
+from lora_lite.runtime.base_values import Samples, base_samples, moved_parameters
+from lora_lite.runtime.state import State, trained_also
 
 SKETCH_ROWS = 64
 # On SmolLM2, worst of 210 layers: bf16 1.000, int8 1.000, nf4 0.990, fp4 0.981, changed by 10% 0.990, by 30% 0.916;
@@ -23,6 +27,14 @@ SKETCH_COSINE = 0.8
 # ||s - s'|| / max(||s||, ||s'||) of neighbouring samples: sqrt(2) for independent ones, 1 where one of them is zero.
 SAMPLE_DISTANCE = 0.8
 NEIGHBOURS = 4  # compared together, so that new rows at the end of an embedding are not lost among the others
+
+
+def base_name(root: nn.Module) -> str:
+    """What people call the base: the hub id or the last part of the folder that it came from, else its class."""
+    known = str(getattr(getattr(root, "config", None), "_name_or_path", "") or "")
+    if Path(known).is_absolute():  # of this machine, and nobody else's business
+        known = Path(known).name
+    return (known or type(root).__name__)[:LONGEST]
 
 
 def sketch(layer: nn.Module, path: str) -> Tensor:
@@ -44,6 +56,24 @@ def samples(root: nn.Module, targets: Iterable[str], also: Iterable[str]) -> Sam
     held = {id(named[key]) for key in also if key in named}  # a tied parameter has another name below
     taken = base_samples(root)
     return {key: each for key, each in taken.items() if key not in sketched and id(named.get(key)) not in held}
+
+
+def refuse_lost(root: nn.Module, state: State) -> None:
+    """Refuse to save while the base trains something that no adapter's file would hold."""
+    held = {id(p) for each in state.adapters for p in trained_also(root, each).values()}
+    wanting = {key: p for key, p in root.named_parameters() if p.requires_grad and id(p) not in held}
+    moved = [key for key in moved_parameters(root, state) if id(root.get_parameter(key)) not in held]
+    if moved:
+        raise StateError(
+            f"save: {moved[0]} has changed since attach, but belongs to no adapter, so that no file would hold its new "
+            f"values (of {len(moved)} such parameters). Name it in attach(train_also=...), or put its old values back"
+        )
+    if lost := [key for key in wanting if not is_adapters_key(key, root)]:
+        raise StateError(
+            f"save: {lost[0]} requires a gradient, but belongs to no adapter, so that no file would hold what it "
+            f"learns (of {len(lost)} such parameters). Name it in attach(train_also=...), or freeze it "
+            "(requires_grad_(False)) if it does not train, or you keep it yourself"
+        )
 
 
 def refuse_another_base(

@@ -14,15 +14,14 @@ from torch import Tensor, nn
 from lora_lite.adapter import Adapter, derive, full_precision
 from lora_lite.errors import BaseMismatchError, CheckpointError, NotAFileError, StateError, TargetError
 from lora_lite.files.atomic import expanded, file_status, write_atomically
-from lora_lite.files.base_check import refuse_another_base, samples, sketch
+from lora_lite.files.base_check import base_name, refuse_another_base, refuse_lost, samples, sketch
 from lora_lite.files.format import FORMAT, METADATA_KEY, File, Room, checksum, empty_adapter, read
 from lora_lite.frozen_basis import rebuild
 from lora_lite.layers.linear import dense, execution_device, is_linear, shape
-from lora_lite.patterns import LONGEST
 from lora_lite.registry import method_of
 from lora_lite.runtime.attach import commit
 from lora_lite.runtime.attachment import Attachment, attachment, is_adapters_key
-from lora_lite.runtime.base_values import moved_buffers, moved_parameters, moving_buffers, same_bits
+from lora_lite.runtime.base_values import moved_buffers, moving_buffers, same_bits
 from lora_lite.runtime.readiness import check_layer, refuse_unready, taken_parameters
 from lora_lite.runtime.state import State, adapters_of, find_root, refuse_merged, root_of, trained_also
 from lora_lite.runtime.train_also import find_train_also
@@ -62,7 +61,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
         file_status(where)
     except NotAFileError as error:
         raise CheckpointError(f"save: {error}") from error
-    _refuse_lost(root, state)
+    refuse_lost(root, state)
     header, tensors = _contents(root, state, name, basis)
     if bad := [key for key, value in tensors.items() if not torch.isfinite(value).all()]:
         raise CheckpointError(f"save: {bad[0]} is not finite (of {len(bad)} such tensors); nothing was written")
@@ -72,24 +71,6 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
     _room(root).check(where, data, header, tensors)
     write_atomically(where, data)
     return where
-
-
-def _refuse_lost(root: nn.Module, state: State) -> None:
-    """Refuse to save while the base trains something that no adapter's file would hold."""
-    held = {id(p) for each in state.adapters for p in trained_also(root, each).values()}
-    wanting = {key: p for key, p in root.named_parameters() if p.requires_grad and id(p) not in held}
-    moved = [key for key in moved_parameters(root, state) if id(root.get_parameter(key)) not in held]
-    if moved:
-        raise StateError(
-            f"save: {moved[0]} has changed since attach, but belongs to no adapter, so that no file would hold its new "
-            f"values (of {len(moved)} such parameters). Name it in attach(train_also=...), or put its old values back"
-        )
-    if lost := [key for key in wanting if not is_adapters_key(key, root)]:
-        raise StateError(
-            f"save: {lost[0]} requires a gradient, but belongs to no adapter, so that no file would hold what it "
-            f"learns (of {len(lost)} such parameters). Name it in attach(train_also=...), or freeze it "
-            "(requires_grad_(False)) if it does not train, or you keep it yourself"
-        )
 
 
 def _contents(root: nn.Module, state: State, name: str, basis: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -124,14 +105,6 @@ def _contents(root: nn.Module, state: State, name: str, basis: bool) -> tuple[di
         "basis": basis,
     }
     return header, tensors
-
-
-def base_name(root: nn.Module) -> str:
-    """What people call the base: the hub id or the last part of the folder that it came from, else its class."""
-    known = str(getattr(getattr(root, "config", None), "_name_or_path", "") or "")
-    if Path(known).is_absolute():  # of this machine, and nobody else's business
-        known = Path(known).name
-    return (known or type(root).__name__)[:LONGEST]
 
 
 def _stored(adapter: Adapter, layer: nn.Module, path: str, basis: bool) -> dict[str, Tensor]:
@@ -197,7 +170,7 @@ def _load(root: nn.Module, file: File, name: str, taken: bool, base: str, undo: 
     built = {target: _build(file, target, layers[target]) for target in file.targets}
     if base == "same":
         refuse_another_base(file.where, root, layers, file.also, file.base)
-    buffers = _find_buffers(root, file)
+    _check_buffers(root, file)
     if taken:
         return _overwrite(root, file, name, built, undo)
     also = _find_also(root, file, layers)
@@ -207,10 +180,7 @@ def _load(root: nn.Module, file: File, name: str, taken: bool, base: str, undo: 
     indices = {target: index for target, (index, _, _) in file.targets.items()}
     pairs = {target: (layers[target], built[target]) for target in built}
     att = commit(root, file.configs, name, pairs, indices, also)
-    for key, parameter in also.items():
-        undo.write(parameter, file.tensors[f"also.{key}"])
-    for key, buffer in buffers.items():
-        undo.write(buffer, file.tensors[f"buffer.{key}"])
+    _write_values(file, root, undo)
     return att
 
 
@@ -220,24 +190,19 @@ def _room(root: nn.Module) -> Room:
     return Room(layers, own, len(moving_buffers(root)))
 
 
-def _find_buffers(root: nn.Module, file: File) -> dict[str, Tensor]:
-    """The base's running averages that the file holds moved values of."""
+def _check_buffers(root: nn.Module, file: File) -> None:
+    """Refuse moved running averages that do not fit the model, or that another adapter's training moved as well."""
     there, found = moving_buffers(root), find_root(root)
     moved = moved_buffers(root, found[1]) if found is not None else {}
     for key in file.buffers:
         value = file.tensors[f"buffer.{key}"]
         if key not in there or there[key].shape != value.shape:
             raise file.error(f"holds {key} {tuple(value.shape)}, which the model has not; it fits another architecture")
-        if not torch.isfinite(value.to(there[key].dtype)).all():
-            raise file.error(
-                f"{key} has values up to {float(value.abs().max()):.3g}, beyond what the model's {there[key].dtype} "
-                "holds; load the model in a wider dtype"
-            )
+        _check_range(file, key, value, there[key].dtype)
         if key in moved and not same_bits(moved[key], value.to(moved[key].dtype)):
             raise StateError(
                 f"{file.where}: holds {key}, which another adapter's training moved to other values; detach that one"
             )
-    return {key: there[key] for key in file.buffers}
 
 
 def _find_also(root: nn.Module, file: File, layers: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
@@ -255,13 +220,27 @@ def _find_also(root: nn.Module, file: File, layers: Mapping[str, nn.Module]) -> 
 def _check_also(file: File, also: Mapping[str, nn.Parameter]) -> None:
     for key, parameter in also.items():
         value = file.tensors[f"also.{key}"]
-        if not torch.isfinite(value.to(parameter.dtype)).all():
+        _check_range(file, key, value, parameter.dtype)
+        if parameter.shape != value.shape:
             raise file.error(
-                f"{key} has values up to {float(value.abs().max()):.3g}, beyond what the model's {parameter.dtype} "
-                "holds; load the model in a wider dtype"
+                f"{key} has shape {tuple(parameter.shape)} in the model, but {tuple(value.shape)} in the file"
             )
-        if parameter.shape != (found := file.tensors[f"also.{key}"].shape):
-            raise file.error(f"{key} has shape {tuple(parameter.shape)} in the model, but {tuple(found)} in the file")
+
+
+def _check_range(file: File, key: str, value: Tensor, dtype: torch.dtype) -> None:
+    if not torch.isfinite(value.to(dtype)).all():
+        raise file.error(
+            f"{key} has values up to {float(value.abs().max()):.3g}, beyond what the model's {dtype} holds; load the "
+            "model in a wider dtype"
+        )
+
+
+def _write_values(file: File, root: nn.Module, undo: Transaction) -> None:
+    """The base's values that the file holds: `train_also` weights and running averages."""
+    for key in file.also:
+        undo.write(root.get_parameter(key), file.tensors[f"also.{key}"])
+    for key in file.buffers:
+        undo.write(root.get_buffer(key), file.tensors[f"buffer.{key}"])
 
 
 def _overwrite(root: nn.Module, file: File, name: str, built: dict[str, Adapter], undo: Transaction) -> Attachment:
@@ -278,10 +257,7 @@ def _overwrite(root: nn.Module, file: File, name: str, built: dict[str, Adapter]
         for key, value in built[target].state_dict().items():
             undo.write(adapter.state_dict()[key], value)
         derive(adapter, root.get_submodule(target))
-    for key in file.also:
-        undo.write(root.get_parameter(key), file.tensors[f"also.{key}"])
-    for key in file.buffers:
-        undo.write(root.get_buffer(key), file.tensors[f"buffer.{key}"])
+    _write_values(file, root, undo)
     return attachment(root, name)
 
 

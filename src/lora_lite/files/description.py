@@ -7,11 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lora_lite.errors import CheckpointError
-from lora_lite.files.format import checksum, empty_adapter, read_alone
+from lora_lite.files.format import empty_adapter, opened_alone, verify_checksum
 from lora_lite.registry import method_of
 
 
@@ -33,21 +31,12 @@ class _OneByOne(Mapping[str, Tensor]):
 
 def describe(where: Path) -> dict[str, Any]:
     """What a file holds, as plain data. Raises CheckpointError for one that is damaged, FileNotFoundError for none."""
-    file, header, sizes = read_alone(where)
-    try:
-        with safe_open(where, framework="pt") as handle:
-            tensors = _OneByOne(handle)
-            if (
-                checksum({key: value for key, value in header.items() if key != "checksum"}, tensors)
-                != header["checksum"]
-            ):
-                raise file.error("its checksum does not match: the file was damaged or edited; copy it again")
-            sketches = sorted(key for key in tensors if key.endswith(".sketch") and ".lora." not in key)
-            digest = hashlib.sha256()
-            for key in sketches:
-                digest.update(key.encode() + tensors[key].contiguous().numpy().tobytes())
-    except SafetensorError as error:
-        raise CheckpointError(f"{where}: is no whole safetensors file ({error}); copy it again") from error
+    with opened_alone(where) as (file, header, sizes, handle):
+        tensors = _OneByOne(handle)
+        verify_checksum(file, header, tensors)
+        digest = hashlib.sha256()
+        for key in sorted(key for key in tensors if key.endswith(".sketch") and ".lora." not in key):
+            digest.update(key.encode() + tensors[key].contiguous().numpy().tobytes())
     trained, frozen, targets = 0, 0, dict[str, int]()
     for path, (_, cfg, (i, o)) in file.targets.items():
         adapter = empty_adapter(file, path, cfg, i, o)
@@ -73,7 +62,7 @@ def describe(where: Path) -> dict[str, Any]:
     }
 
 
-def told(found: Mapping[str, Any]) -> str:
+def as_text(found: Mapping[str, Any]) -> str:
     """What `describe` found, for people."""
     methods = [f"{each['method']} (r = {each['config'].get('r')})" for each in found["methods"]]
     basis = "" if found["holds_basis"] else ", bases left out: load rebuilds them"

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,57 +93,59 @@ ALONE = Room([(1, 1)] * 20_000, [1] * 20_000, 1_000)
 def read(where: Path, room: Room) -> File:
     """Read a file and check it in itself: size, format, configs, shapes (before tensors are read), checksum,
     finiteness."""
-    if not where.is_file():
-        raise FileNotFoundError(f"no adapter file at {where}")
-    with open(where, "rb") as opened:
-        header_bytes = int.from_bytes(opened.read(8), "little")
-    if room.header_bytes < header_bytes <= where.stat().st_size:
-        raise CheckpointError(
-            f"{where}: has {header_bytes:,} bytes of metadata, more than this model's layers can need"
-        )
-    try:
-        with safe_open(where, framework="pt") as handle:
-            header = _header(where, handle.metadata())
-            checked = header.pop("checksum")
-            _check_counts(where, header, room)
-            file = _parse(where, header)
-            keys = list(handle.keys())
-            slices = {key: handle.get_slice(key) for key in keys}
-            _check_shapes(file, slices)
-            if (values := sum(math.prod(each.get_shape()) for each in slices.values())) > room.values:
-                raise file.error(f"holds {values:,} values, more than any adapter of this model can have")
-            # Cloned, for the tensors that safetensors gives are views of the file and change when it is written to.
-            file.tensors.update({key: handle.get_tensor(key).clone() for key in keys})
-    except SafetensorError as error:
-        raise CheckpointError(f"{where}: is no whole safetensors file ({error}); copy it again") from error
-    if checksum(header, file.tensors) != checked:
-        raise file.error("its checksum does not match: the file was damaged or edited; copy it again")
+    with _opened(where, room, "this model's layers can need") as (handle, header):
+        file, slices = _outline(where, header, room, handle)
+        if (values := sum(math.prod(each.get_shape()) for each in slices.values())) > room.values:
+            raise file.error(f"holds {values:,} values, more than any adapter of this model can have")
+        # Cloned, for the tensors that safetensors gives are views of the file and change when it is written to.
+        file.tensors.update({key: handle.get_tensor(key).clone() for key in slices})
+    verify_checksum(file, header, file.tensors)
     if bad := [key for key, value in file.tensors.items() if not torch.isfinite(value).all()]:
         raise file.error(f"{bad[0]} is not finite ({len(bad)} such tensors)")
     return file
 
 
-def read_alone(where: Path) -> tuple[File, dict[str, Any], dict[str, list[int]]]:
-    """A file without a model and without its tensors: what it says, its header, and the shape of each tensor.
+@contextmanager
+def opened_alone(where: Path) -> Iterator[tuple[File, dict[str, Any], dict[str, list[int]], Any]]:
+    """A file without a model and without its tensors: what it says, its header, the shape of each tensor, and the
+    handle to read some of them.
 
     The limits are those of no model in particular; shapes are compared with what the configs ask for, as in `read`.
     """
+    with _opened(where, ALONE, "adapters have") as (handle, header):
+        file, slices = _outline(where, header, ALONE, handle)
+        yield file, header, {key: each.get_shape() for key, each in slices.items()}, handle
+
+
+@contextmanager
+def _opened(where: Path, room: Room, most: str) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The handle of a file, and its header. `most`: whose metadata are as long as there is room for, for the error."""
     if not where.is_file():
         raise FileNotFoundError(f"no adapter file at {where}")
     with open(where, "rb") as opened:
         header_bytes = int.from_bytes(opened.read(8), "little")
-    if ALONE.header_bytes < header_bytes <= where.stat().st_size:
-        raise CheckpointError(f"{where}: has {header_bytes:,} bytes of metadata, more than adapters have")
+    if room.header_bytes < header_bytes <= where.stat().st_size:
+        raise CheckpointError(f"{where}: has {header_bytes:,} bytes of metadata, more than {most}")
     try:
         with safe_open(where, framework="pt") as handle:
-            header = _header(where, handle.metadata())
-            _check_counts(where, header, ALONE)
-            file = _parse(where, header)
-            slices = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 (it is no dict)
-            _check_shapes(file, slices)
-            return file, header, {key: each.get_shape() for key, each in slices.items()}
+            yield handle, _header(where, handle.metadata())
     except SafetensorError as error:
         raise CheckpointError(f"{where}: is no whole safetensors file ({error}); copy it again") from error
+
+
+def _outline(where: Path, header: dict[str, Any], room: Room, handle: Any) -> tuple[File, dict[str, Any]]:
+    """What a file says, without tensors, and its tensors unread, by name, compared with what the configs ask for."""
+    _check_counts(where, header, room)
+    file = _parse(where, header)
+    slices = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 (it is no dict)
+    _check_shapes(file, slices)
+    return file, slices
+
+
+def verify_checksum(file: File, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Raise `CheckpointError` unless the header's checksum is that of the rest of it and the tensors."""
+    if checksum({key: value for key, value in header.items() if key != "checksum"}, tensors) != header["checksum"]:
+        raise file.error("its checksum does not match: the file was damaged or edited; copy it again")
 
 
 def _header(where: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:

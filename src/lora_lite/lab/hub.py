@@ -13,13 +13,13 @@ def silence() -> str:
     """Why nothing can be had from the hub, or "" where it answers.
 
     The libraries that read from it would each try every file again and again, for minutes. Where the hub is silent they
-    are told to look no further than their caches.
+    are set to read their caches alone.
     """
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     try:
         get_session().head(constants.ENDPOINT, timeout=SECONDS)
-    except Exception as error:  # of whichever client the library uses
+    except Exception as error:  # of whichever client the library uses: requests, httpx, httpx2
         constants.HF_HUB_OFFLINE = True
         if "datasets" in sys.modules:
             sys.modules["datasets"].config.HF_HUB_OFFLINE = True

@@ -85,6 +85,12 @@ def is_4bit(layer: nn.Module) -> bool:
     return type(layer.weight).__name__ == "Params4bit" or quant_state(layer) is not None
 
 
+def is_plain(parameter: Tensor) -> bool:
+    """Whether a parameter holds its own values, here and in 16 bits or more: no quantised, sharded or offloaded one."""
+    wide = parameter.is_floating_point() and parameter.dtype.itemsize > 1
+    return wide and type(parameter.data) is Tensor and not (parameter.is_meta or is_sharded(parameter))
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether the tensor is one process's part of a larger one (a DTensor)."""
     return hasattr(tensor, "device_mesh") or hasattr(tensor.data, "device_mesh")

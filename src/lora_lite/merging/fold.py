@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lite.adapter import Adapter, adapters_on
+from lora_lite.batches import eval_mode
 from lora_lite.errors import NotAffineError, StateError, TargetError
 from lora_lite.layers.linear import bias, computes_its_weight, is_conv1d, is_linear, is_quantized, is_sharded, shape
 from lora_lite.layers.packing import quant_state
@@ -120,13 +121,8 @@ def _probe(layer: nn.Module, dtype: torch.dtype) -> Tensor:
 
 def eval_output(layer: nn.Module, x: Tensor) -> Tensor:
     """What the layer makes of x in eval mode, on the CPU; its mode is left as it was."""
-    training = {module: module.training for module in layer.modules()}
-    layer.eval()
-    try:
+    with eval_mode(layer):
         return layer(x).cpu()
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 def relative(found: Tensor, exact: Tensor) -> float:

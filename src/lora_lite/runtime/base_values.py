@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lite.adapter import Adapter
-from lora_lite.layers.linear import is_sharded
+from lora_lite.layers.linear import is_plain
 from lora_lite.runtime.attachment import is_adapters_key
 from lora_lite.runtime.state import Samples, State, find_root
 
@@ -60,12 +60,7 @@ def sampled(root: nn.Module) -> Samples:
     """
     values: Samples = {}
     for key, parameter in root.named_parameters():
-        plain = type(parameter.data) is Tensor and parameter.is_floating_point() and parameter.dtype.itemsize > 1
-        if (
-            plain
-            and parameter.numel()
-            and not (parameter.is_meta or is_sharded(parameter) or is_adapters_key(key, root))
-        ):
+        if is_plain(parameter) and parameter.numel() and not is_adapters_key(key, root):
             n = parameter.numel()
             at = torch.linspace(0, n - 1, min(n, SAMPLES), dtype=torch.float64).round().long()
             flat = parameter.detach().reshape(-1)

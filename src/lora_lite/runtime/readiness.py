@@ -9,7 +9,15 @@ from torch import nn
 from lora_lite.adapter import Adapter, adapters_on
 from lora_lite.calibration.statistics import generator
 from lora_lite.errors import LoraLiteError, StateError, TargetError
-from lora_lite.layers.linear import computes_its_weight, dense, execution_device, is_read_uncalled, is_sharded, shape
+from lora_lite.layers.linear import (
+    computes_its_weight,
+    dense,
+    execution_device,
+    is_plain,
+    is_read_uncalled,
+    is_sharded,
+    shape,
+)
 from lora_lite.runtime.state import find_root, refuse_merged, trained_also
 
 ADAPTER_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
@@ -77,8 +85,7 @@ def check_layer(path: str, layer: nn.Module, taken: Mapping[int, tuple[str, str]
 def refuse_not_finite(path: str, layer: nn.Module) -> None:
     """Refuse a layer whose weight or bias holds NaN or infinite values; quantised weights are not looked into."""
     for key, p in layer.named_parameters(recurse=False):
-        plain = p.is_floating_point() and p.dtype.itemsize > 1 and type(p.data) is torch.Tensor and not p.is_meta
-        if plain and not torch.isfinite(p.detach().sum(dtype=torch.promote_types(p.dtype, torch.float32))):
+        if is_plain(p) and not torch.isfinite(p.detach().sum(dtype=torch.promote_types(p.dtype, torch.float32))):
             raise TargetError(f"{path}: its {key} holds NaN or infinite values, so no adapter can be trained on it")
 
 
@@ -92,10 +99,10 @@ def ask_layer(path: str, layer: nn.Module) -> None:
     x = torch.randn(1, shape(layer)[0], generator=generator(0, path), dtype=torch.float32, device="cpu")
     try:
         computes = computes_its_weight(layer, x.to(device, dtype))
-    except LoraLiteError:
+    except LoraLiteError:  # some are a RuntimeError or ValueError as well
         raise
-    except Exception:  # it takes other inputs than one row, or its kernel is not for this device
-        return
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, ImportError):
+        return  # it takes other inputs than one row, or its kernel is not here
     if not computes:
         if not torch.isfinite(dense(layer, torch.promote_types(dtype, torch.float32))).all():  # 8 bits have no isfinite
             raise TargetError(f"{path}: its weight holds NaN or infinite values, so no method that reads it can start")

@@ -26,11 +26,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 import lora_lite as ll
+from lora_lite.batches import eval_mode
 from lora_lite.errors import LoraLiteError
 from lora_lite.lab.models.devices import pick_device
 from lora_lite.lab.models.load import load_model
 from lora_lite.lab.provenance import provenance
-from lora_lite.lab.training.evaluate import eval_mode
 from lora_lite.registry import method_of
 from lora_lite.runtime.attach_cost import peak_memory_mb
 

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 import lora_lite as ll
+from lora_lite.batches import eval_mode
 from lora_lite.checking.check import EXPERT
 from lora_lite.lab.provenance import tensor_print
-from lora_lite.lab.training.evaluate import eval_mode
 from lora_lite.layers.linear import is_linear, is_quantized
 from lora_lite.merging.plain_weights import affine
 from lora_lite.registry import method_of

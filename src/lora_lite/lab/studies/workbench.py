@@ -96,7 +96,7 @@ class Workbench:
             if not trained:
                 raise DivergedError(
                     f"the base's own loss is not finite ({told}): its weights are damaged, or too large for the dtype; "
-                    "fetch the model anew, or give --dtype float32"
+                    "fetch the model again, or give --dtype float32"
                 )
             raise DivergedError(f"the loss after training is not finite ({told}): the rate is too high")
         return found

@@ -11,7 +11,7 @@ from typing import Any
 
 with (
     warnings.catch_warnings()
-):  # it and what it needs bring code that Python finds doubtful, which no user here can mend
+):  # it and what it needs bring code that Python finds doubtful, which no user here can fix
     warnings.simplefilter("ignore", SyntaxWarning)
     import reasoning_gym
     from reasoning_gym.factory import DATASETS

@@ -10,6 +10,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lora_lite.batches import eval_mode
 from lora_lite.errors import LoraLiteError
 from lora_lite.lab.tasks.scoring import RIGHT
 from lora_lite.lab.tasks.task import Example, Task
@@ -253,15 +254,3 @@ def no_defaults(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
-
-
-@contextmanager
-def eval_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Put every module into eval mode, and each back into its own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

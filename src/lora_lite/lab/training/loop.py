@@ -128,7 +128,7 @@ def _step(accelerator: Accelerator, model: Any, batch: Sequence[Encoded], pad: i
 
 
 def _why_not_finite(accelerator: Accelerator, model: Any, inputs: dict[str, torch.Tensor], loss: float) -> str:
-    """A loss that is not finite, and whether it is the base's own on these inputs: no rate would mend that."""
+    """A loss that is not finite, and whether it is the base's own on these inputs: no rate would help."""
     bare = accelerator.unwrap_model(model)
     with torch.no_grad(), ll.disabled(bare):
         own = float(answer_loss(bare, inputs)[0])
@@ -136,7 +136,7 @@ def _why_not_finite(accelerator: Accelerator, model: Any, inputs: dict[str, torc
         return f"the loss is {loss}: lower the learning rate, or look at the data"
     return (
         f"the base's own loss is {own}, without any adapter: its weights are damaged, or too large for the dtype "
-        f"{str(bare.dtype).removeprefix('torch.')}; fetch the model anew, or give --dtype float32"
+        f"{str(bare.dtype).removeprefix('torch.')}; fetch the model again, or give --dtype float32"
     )
 
 
