@@ -4,8 +4,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lora_lite.calibration.tokens import rendered_ids
 from lora_lite.errors import CalibrationError
-from lora_lite.tokens import rendered_ids
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import lora_lite as ll
 from lab_helpers import CHAT, make_llama, make_tokenizer
+from lora_lite.calibration.tokens import decode
 from lora_lite.lab.models.chat import ChatTemplateError
 from lora_lite.lab.tasks.task import Example
 from lora_lite.lab.training import data
@@ -16,7 +17,6 @@ from lora_lite.lab.training.evaluate import answer_loss_of, generate
 from lora_lite.lab.training.limits import require_positions
 from lora_lite.lab.training.loop import train
 from lora_lite.lab.training.progress import TrainConfig
-from lora_lite.tokens import decode
 
 SKIPS_SYSTEM = (
     "{% for m in messages %}{% if m['role'] != 'system' %}<{{ m['role'] }}>{{ m['content'] | trim }}\n{% endif %}"

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 
 from lab_helpers import write_rows
+from lora_lite.lab.scoring.scoring import ScoringError
 from lora_lite.lab.tasks import row_tasks
 from lora_lite.lab.tasks import task as tasks
 from lora_lite.lab.tasks.catalogue import load_task
 from lora_lite.lab.tasks.corpora import CorpusError
-from lora_lite.lab.tasks.scoring import ScoringError
 from lora_lite.lab.tasks.task import Task, TaskError, content_key
 
 

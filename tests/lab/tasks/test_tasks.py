@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lora_lite.lab.scoring.scoring import numeric, scorer
 from lora_lite.lab.tasks import catalogue, gym
 from lora_lite.lab.tasks import task as tasks
-from lora_lite.lab.tasks.scoring import numeric, scorer
 from lora_lite.lab.tasks.task import Example, Task, TaskError
 
 GENERATORS = [

@@ -6,8 +6,8 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lab_helpers import make_llama, make_tokenizer
+from lora_lite.lab.scoring.scoring import mentions_number, numeric
 from lora_lite.lab.tasks.catalogue import mixture
-from lora_lite.lab.tasks.scoring import mentions_number, numeric
 from lora_lite.lab.tasks.task import Example, Task, by_occurrence, by_reference, from_examples
 from lora_lite.lab.training import data
 from lora_lite.lab.training import evaluate as lab

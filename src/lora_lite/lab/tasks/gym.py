@@ -16,8 +16,8 @@ with (
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
 
+from lora_lite.lab.scoring.scoring import RIGHT, normal
 from lora_lite.lab.tasks.row_tasks import TASKS
-from lora_lite.lab.tasks.scoring import RIGHT, normal
 from lora_lite.lab.tasks.task import (
     INSTRUCTION,
     Example,

@@ -8,9 +8,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from lora_lite.lab.scoring.scoring import RIGHT, Scorer, normal
 from lora_lite.lab.tasks.row_files import row_format
 from lora_lite.lab.tasks.row_forms import exchanges, text_of
-from lora_lite.lab.tasks.scoring import RIGHT, Scorer, normal
 from lora_lite.lab.tasks.task import SPLITS, Example, TaskError, content_key, fingerprint, require_no_instruction
 from lora_lite.printable import one_line
 

@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 from tqdm.auto import tqdm
 
+from lora_lite.lab.scoring.scoring import RIGHT, Finder, Scorer, finder, mentions_number, numeric, scorer
 from lora_lite.lab.tasks.row_parts import LONG, Part, read_part, row_notes, told
-from lora_lite.lab.tasks.scoring import RIGHT, Finder, Scorer, finder, mentions_number, numeric, scorer
 from lora_lite.lab.tasks.spread import spread
 from lora_lite.lab.tasks.task import (
     SPLITS,

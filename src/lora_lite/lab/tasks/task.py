@@ -20,8 +20,8 @@ from pathlib import PurePath
 from typing import Any
 
 from lora_lite.errors import LoraLiteError
-from lora_lite.lab.tasks.patterns import PatternError, pattern
-from lora_lite.lab.tasks.scoring import RIGHT, Finder, Scorer, SlowScoring, exact, mentions, normal
+from lora_lite.lab.scoring.patterns import PatternError, pattern
+from lora_lite.lab.scoring.scoring import RIGHT, Finder, Scorer, SlowScoring, exact, mentions, normal
 from lora_lite.lab.tasks.spread import spread
 
 # Shares of the content space, in percent. Membership is a hash of the prompt, so it depends neither on the seed nor on

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lora_lite.calibration.tokens import control_tokens, literal_ids, pieces_ids, start_ids
 from lora_lite.errors import LoraLiteError
 from lora_lite.lab.models.chat import chat_pieces, render_chat
 from lora_lite.lab.tasks.task import Example, Task
-from lora_lite.tokens import control_tokens, literal_ids, pieces_ids, start_ids
 
 IGNORE = -100
 MAX_LENGTH = 512

@@ -11,8 +11,9 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_lite.batches import eval_mode
+from lora_lite.calibration.tokens import decode
 from lora_lite.errors import LoraLiteError
-from lora_lite.lab.tasks.scoring import RIGHT
+from lora_lite.lab.scoring.scoring import RIGHT
 from lora_lite.lab.tasks.task import Example, Task
 from lora_lite.lab.training.data import (
     Encoded,
@@ -24,7 +25,6 @@ from lora_lite.lab.training.data import (
 )
 from lora_lite.lab.training.limits import require_fit
 from lora_lite.printable import one_line
-from lora_lite.tokens import decode
 
 # Generation of one token reads every weight once whatever the number of rows: on 2 CPU cores 64 rows gave 3.5 times the
 # tokens per second of 8.

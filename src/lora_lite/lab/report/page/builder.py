@@ -14,7 +14,7 @@ from lora_lite.lab.report.page import cells, sentences
 from lora_lite.lab.report.page.drawing import PALETTE
 from lora_lite.lab.report.page.plots import Plots, plot
 from lora_lite.lab.report.page.table import SHOWN, columns
-from lora_lite.lab.tasks.scoring import RIGHT
+from lora_lite.lab.scoring.scoring import RIGHT
 
 HERE = Path(__file__).parent
 ARXIV = re.compile(r"\d{4}\.\d{4,5}(v\d+)?|[a-z-]+(\.[A-Z]{2})?/\d{7}")

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from lora_lite.lab.scoring.final_numbers import reference_amount
+from lora_lite.lab.scoring.scoring import finder, numeric
 from lora_lite.lab.tasks.catalogue import load_task
-from lora_lite.lab.tasks.final_numbers import reference_amount
-from lora_lite.lab.tasks.scoring import finder, numeric
 from lora_lite.lab.tasks.task import TaskError
 
 

@@ -10,10 +10,10 @@ import unicodedata
 from collections.abc import Callable
 
 from lora_lite.errors import LoraLiteError
-from lora_lite.lab.tasks.final_numbers import amounts, final_amount, reference_amount
-from lora_lite.lab.tasks.number_tokens import INVISIBLE, NUMBER, numbers, plain
-from lora_lite.lab.tasks.patterns import PatternError, PatternTimeout
-from lora_lite.lab.tasks.patterns import pattern as compiled
+from lora_lite.lab.scoring.final_numbers import amounts, final_amount, reference_amount
+from lora_lite.lab.scoring.number_tokens import INVISIBLE, NUMBER, numbers, plain
+from lora_lite.lab.scoring.patterns import PatternError, PatternTimeout
+from lora_lite.lab.scoring.patterns import pattern as compiled
 
 RIGHT = 1 - 1e-6  # an answer with this score is right; verifiers work in floats
 

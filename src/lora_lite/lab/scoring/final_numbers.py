@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
-from lora_lite.lab.tasks.number_tokens import NUMBER, Number, numbers, plain, value
+from lora_lite.lab.scoring.number_tokens import NUMBER, Number, numbers, plain, value
 
 DOLLARS, CENTS = "dollars", "cents"
 

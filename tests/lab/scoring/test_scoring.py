@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_lite.lab.tasks import scoring
-from lora_lite.lab.tasks.final_numbers import final_number
-from lora_lite.lab.tasks.scoring import ScoringError
+from lora_lite.lab.scoring import scoring
+from lora_lite.lab.scoring.final_numbers import final_number
+from lora_lite.lab.scoring.scoring import ScoringError
 
 NUMBERS = {
     # plain

@@ -1,0 +1,1 @@
+"""How a reply is scored: texts, numbers and patterns compared, whatever stands in them."""
