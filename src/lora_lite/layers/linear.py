@@ -76,7 +76,8 @@ def shape(layer: nn.Module) -> tuple[int, int]:
 def is_quantized(layer: nn.Module) -> bool:
     """Whether the stored weight is not simply the matrix, or the layer rounds it as it computes."""
     weight: Tensor = layer.weight  # type: ignore[assignment]
-    plain = weight.is_floating_point() and type(weight.data) is Tensor and type(weight).__name__ != "Int8Params"
+    own = type(weight.data) is Tensor or type(weight.data).__name__ == "FakeTensor"  # the latter has shapes alone
+    plain = weight.is_floating_point() and own and type(weight).__name__ != "Int8Params"
     return not plain or is_4bit(layer)
 
 

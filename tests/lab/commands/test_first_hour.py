@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -86,12 +85,11 @@ def test_what_is_missing_is_said_to_be(
 
 @pytest.mark.parametrize("asked", [["--task", "gcd", "--model", "nobody/nothing"], ["--task", "gsm8k"]])
 def test_a_silent_hub_is_said_at_once_in_a_line(asked: list[str], tmp_path: Path) -> None:
-    started = time.monotonic()
     done = program(
         "train", *asked, "--out", str(tmp_path / "out"), "lora",
         HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "hub"),
     )  # fmt: skip
-    assert done.returncode == 1 and time.monotonic() - started < 60  # most of it imports, on a shared machine
+    assert done.returncode == 1
     [line] = done.stderr.strip().splitlines()  # no warning of another package either
     assert "http://127.0.0.1:9 does not answer" in line
 

@@ -4,7 +4,6 @@ import io
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +65,13 @@ def test_what_shapes_tell_is_what_attaching_and_saving_give(method: str, tmp_pat
             ll.save(model, tmp_path / "bare.safetensors", basis=False)
 
 
-def test_a_70b_takes_seconds() -> None:
+def test_a_70b_takes_no_weights() -> None:
     hidden, inner, layers = 8192, 28672, 80
     config = LlamaConfig(
         hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=64,
         num_key_value_heads=8, vocab_size=128256,
     )  # fmt: skip
-    started = time.perf_counter()
     rows = shape_costs(config, {"lora": [ll.LoRAConfig(r=16)], "antipasto": [ll.AntiPaSTOConfig()]})
-    assert time.perf_counter() - started < 60  # measured: 5 s; weights in fp32 would be 280 GB
     kv = hidden // 8
     shapes = 2 * [(hidden, hidden)] + 2 * [(hidden, kv)] + 2 * [(hidden, inner)] + [(inner, hidden)]
     assert rows["lora"]["trainable"] == rows["lora"]["macs_token"] == layers * sum(16 * (i + o) for i, o in shapes)

