@@ -73,7 +73,7 @@ class Adapter(nn.Module):
     def __init__(self, cfg: AdapterConfig) -> None:
         super().__init__()
         self.cfg: Any = cfg
-        self.dial: Any = None
+        self.coefficient: Any = None
 
     @classmethod
     def tiny(cls) -> AdapterConfig:
