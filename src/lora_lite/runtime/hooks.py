@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lite.adapter import Adapter, Held, acting_on, adapters_on, cast, derive
+from lora_lite.adapter import Adapter, acting_on, adapters_on, derive
 from lora_lite.batches import batch_shape, tensors_in
 from lora_lite.errors import StateError, TargetError
 from lora_lite.layers.linear import shape
@@ -31,8 +31,8 @@ def before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     given, put = _input(layer, args, kwargs)
     x = given.to_padded_tensor(0.0) if given.is_nested else given
     for adapter in acting_on(layer):
-        if adapter.before is not None:
-            x = cast(adapter(x, None, Held(layer), _coefficient(adapter, x)), x)
+        if adapter.acts() == "before":
+            x = adapter.act_before(x, layer, _coefficient(adapter, x))
     return put(_nested_like(x, given) if given.is_nested else x)
 
 
@@ -63,7 +63,7 @@ def _changed(layer: nn.Module, x: Tensor, y: Any) -> Tensor:
     x = x.to(y.device)
     out = y
     for adapter in acting_on(layer):
-        out = adapter(x, y, Held(layer), _coefficient(adapter, x), out)
+        out = adapter.act_after(out, x, y, layer, _coefficient(adapter, x))
     return out
 
 
@@ -175,7 +175,7 @@ def hook_layer(layer: nn.Module) -> None:
     The one on the output comes first, whenever it is put: other tools' hooks see what the adapted layer computes.
     """
     adapters = adapters_on(layer)
-    _set_hook(layer, "forward_pre", before_layer, any(adapter.before is not None for adapter in adapters))
+    _set_hook(layer, "forward_pre", before_layer, any(adapter.acts() == "before" for adapter in adapters))
     _set_hook(layer, "forward", after_layer, bool(adapters), prepend=True)
     loading = layer._load_state_dict_post_hooks
     _set_plain_hook(loading, layer.register_load_state_dict_post_hook, after_load, bool(adapters))
