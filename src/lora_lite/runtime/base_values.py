@@ -54,23 +54,17 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 @contextmanager
 def unwritten(where: str, layer: nn.Module, undo: Transaction) -> Iterator[None]:
-    """Put back what the block writes to the layer's own parameters, and raise `TargetError` if it does.
+    """Raise `TargetError` if the block writes the layer's own parameters; `undo` puts them back after any error.
 
     Copies are compared, for a write through `.data` or numpy moves no version counter; quantised and sharded
     parameters are not watched.
     """
     own = {key: p.data for key, p in layer.named_parameters(recurse=False) if type(p.data) is Tensor and not p.is_meta}
-    bits = [(key, data, data.clone()) for key, data in own.items()]
-    written: list[str] = []
-    try:
-        yield
-    finally:
-        for key, data, before in bits:
-            if not same_bits(data, before):
-                written.append(key)
-                undo.write(data, before)
-    if written:
+    bits = {key: undo.keep(data) for key, data in own.items()}
+    yield
+    if written := [key for key, data in own.items() if not same_bits(data, bits[key])]:
         raise TargetError(f"{where} wrote the base's {written[0]}; it may only read the layer")
+    undo.forget(len(bits))
 
 
 def base_samples(root: nn.Module, state: State) -> Samples:
