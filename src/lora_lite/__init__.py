@@ -125,13 +125,13 @@ def _load() -> None:
     """Import the library: from here on every name of `__all__` is a plain one of this module."""
     if "attach" in globals():
         return
-    found = {
+    public = {
         name: getattr(_importlib.import_module(where), name)
         for where, names in _WHERE.items()
         for name in names.split()
     }
     # Registers the methods. The folder is callable, and it is what `methods` means.
-    globals().update(found, methods=_importlib.import_module("lora_lite.methods"))
+    globals().update(public, methods=_importlib.import_module("lora_lite.methods"))
 
 
 def _configs() -> dict[str, Any]:

@@ -52,18 +52,18 @@ def batch_shape(tensors: list[Tensor]) -> tuple[int | None, frozenset[int]]:
     return rows, frozenset(lengths)
 
 
-def tensors_in(value: Any, found: list[Tensor] | None = None) -> list[Tensor]:
+def tensors_in(value: Any, collected: list[Tensor] | None = None) -> list[Tensor]:
     """The tensors in nested tuples, lists, mappings and dataclasses (a model's inputs or outputs)."""
-    found = [] if found is None else found
+    collected = [] if collected is None else collected
     if isinstance(value, Tensor):
-        found.append(value)
+        collected.append(value)
     elif isinstance(value, Mapping):
         for item in value.values():
-            tensors_in(item, found)
+            tensors_in(item, collected)
     elif isinstance(value, list | tuple):
         for item in value:
-            tensors_in(item, found)
+            tensors_in(item, collected)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         for each in dataclasses.fields(value):
-            tensors_in(getattr(value, each.name), found)
-    return found
+            tensors_in(getattr(value, each.name), collected)
+    return collected

@@ -89,12 +89,12 @@ def inspect_file(path: str, as_json: bool) -> int:
     from lora_lite.files.description import as_text, describe
 
     try:
-        found = describe(Path(path).expanduser())
+        contents = describe(Path(path).expanduser())
     except (LoraLiteError, OSError) as error:
         hint = " (one of your own? give --import FILE)" if "unknown method" in str(error) else ""
         print(printable(f"lora-lite: {type(error).__name__}: {error}{hint}"), file=sys.stderr)
         return 1
-    print(json.dumps(found, sort_keys=True) if as_json else printable(as_text(found)))
+    print(json.dumps(contents, sort_keys=True) if as_json else printable(as_text(contents)))
     return 0
 
 

@@ -9,7 +9,7 @@ _STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u2
 
 def printable(text: object) -> str:
     r"""Text as it may be printed: "\x1b[31m" is shown as backslash, x, 1, b, and so on. Line feeds and tabs stay."""
-    return _STEERING.sub(lambda found: _escape(ord(found[0])), str(text))
+    return _STEERING.sub(lambda match: _escape(ord(match[0])), str(text))
 
 
 def one_line(text: object) -> str:

@@ -96,6 +96,9 @@ HEADERS: dict[str, tuple[tuple[Any, ...], Any, str]] = {
     "infinite": (("targets", "first", "shape"), [float("inf"), 5], r"shape \[inf, 5\]"),
     "float": (("targets", "first", "shape"), [6.0, 5], r"shape \[6\.0, 5\]"),
     "huge shape": (("targets", "first", "shape"), [10**30, 5], "first: "),
+    "base_name": (("base_name",), ["SmolLM2"], "metadata is not valid: base_name is no short text"),
+    "no base_name": (("base_name",), None, "base_name is no short text"),
+    "long base_name": (("base_name",), "a" * 10**4, "base_name is no short text"),
     "train_also": (("train_also",), 5, "metadata is not valid"),
     "buffers": (("buffers",), 5, "metadata is not valid"),
     "a buffer": (("buffers",), ["norm.mean"], r"misses 1 tensors, such as buffer\.norm\.mean"),
@@ -120,9 +123,10 @@ def test_metadata_that_do_not_fit(name: str, good: bytes, tmp_path: Path) -> Non
     refused(forged(header, tensors), tmp_path, words)
 
 
-@pytest.mark.parametrize(
-    "key", ["format", "version", "name", "configs", "targets", "train_also", "buffers", "base", "checksum"]
-)
+KEYS = "format version name base_name configs targets train_also buffers base basis checksum"
+
+
+@pytest.mark.parametrize("key", KEYS.split())
 def test_metadata_without(key: str, good: bytes, tmp_path: Path) -> None:
     header, tensors = parts(good)
     del header[key]

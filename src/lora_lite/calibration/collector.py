@@ -45,15 +45,15 @@ class Collector:
             for path, layer in layers.items()
         }
         self.input, self.output = (
-            {path: sorted(part for part in found if SUMS[part].side == side) for path, found in parts.items()}
+            {path: sorted(part for part in names if SUMS[part].side == side) for path, names in parts.items()}
             for side in ("input", "output")
         )
         # Of layers that read the same input, the first one that needs a sum of it takes it.
         self.taker: dict[tuple[str, str], str] = {}
         self.prepared = {
             (path, part): _prepared(path, layers[path], prepare)
-            for path, found in self.output.items()
-            for part in found
+            for path, names in self.output.items()
+            for part in names
             if (prepare := SUMS[part].prepare) is not None
         }
         self.stats: dict[str, Statistics] = {}
@@ -63,8 +63,8 @@ class Collector:
 
     def start_batch(self, batch: Any, label: bool | None) -> None:
         """Note the padding masks and the label of the next batch."""
-        found = [batch[key] for key in MASKS if key in batch] if isinstance(batch, Mapping) else []
-        self.masks = [mask.bool() for mask in found if isinstance(mask, Tensor) and mask.ndim == 2]
+        masks = [batch[key] for key in MASKS if key in batch] if isinstance(batch, Mapping) else []
+        self.masks = [mask.bool() for mask in masks if isinstance(mask, Tensor) and mask.ndim == 2]
         self.label = label
         self.rows, self.lengths = batch_shape(tensors_in([batch]))
         self._inputs: list[tuple[Tensor, int, str]] = []  # with its version: it may be written to

@@ -57,8 +57,8 @@ class Contrast:
             if isinstance(items[0], str):
                 size = self.batch_size if getattr(self.tokenizer, "pad_token_id", None) is not None else 1
                 for start in range(0, len(items), size):
-                    found = self._tokens(items[start : start + size], size > 1)
-                    yield label, {key: found[key] for key in ("input_ids", "attention_mask") if key in found}
+                    encoded = self._tokens(items[start : start + size], size > 1)
+                    yield label, {key: encoded[key] for key in ("input_ids", "attention_mask") if key in encoded}
             else:
                 for batch in items:
                     yield label, batch

@@ -177,8 +177,8 @@ def _find_dead(model: nn.Module, batch: Any, adapters: Layers, report: CheckRepo
     """Raise for an adapter whose change reaches no output, among those without a gradient that shows it."""
     asked: dict[str, dict[str, Adapter]] = {}
     for name, layers in report.layers.items():
-        told = {path for path, layer in layers.items() if layer.calls == 0 or any(layer.grad_norms.values())}
-        asked[name] = {path: adapter for path, adapter in adapters[name].items() if path not in told}
+        seen = {path for path, layer in layers.items() if layer.calls == 0 or any(layer.grad_norms.values())}
+        asked[name] = {path: adapter for path, adapter in adapters[name].items() if path not in seen}
     for name, path in without_effect(model, batch, asked):
         raise CheckError(
             f"adapter {name!r} on {path} ran, but leaving it out changes no output: what its layer computes is not "

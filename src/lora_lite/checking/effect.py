@@ -65,7 +65,7 @@ def without_effect(
     It costs a forward pass each.
     """
     full = outputs(model, batch, 1.0)
-    found = []
+    silent = []
     for name, layers in adapters.items():
         for path, adapter in layers.items():
             handle = adapter.register_forward_hook(_left_out)
@@ -74,8 +74,8 @@ def without_effect(
             finally:
                 handle.remove()
             if not any(changed(a, b) > 0 for a, b in zip(less, full, strict=True)):
-                found.append((name, path))
-    return found
+                silent.append((name, path))
+    return silent
 
 
 def untouched(args: tuple[Any, ...]) -> Tensor:

@@ -161,14 +161,14 @@ class Differences:
 
     def step(self, aim: float) -> float | None:
         """A step that moves the outputs by about `aim` of their size; None where none does."""
-        parts, step, found = self.direction(0), 0.5, 0.0
+        parts, step, change = self.direction(0), 0.5, 0.0
         for _ in range(3):
-            found = self.change(parts, step)
-            factor = min(max(aim / found, 1e-2), 1e2) if 0 < found < math.inf else (1e2 if found == 0 else 1e-2)
+            change = self.change(parts, step)
+            factor = min(max(aim / change, 1e-2), 1e2) if 0 < change < math.inf else (1e2 if change == 0 else 1e-2)
             step *= factor
             if 0.5 < factor < 2:
                 break
-        return step if 0 < found < math.inf else None
+        return step if 0 < change < math.inf else None
 
 
 def _floats(output: Any) -> list[Tensor]:
@@ -197,7 +197,7 @@ def measure(model: nn.Module, batch: Any, tensors: Sequence[Tensor]) -> Gradient
             tries.append(_compare(promised, fits, precision))
             if tries[-1].doubt < DOUBTFUL:
                 return tries[-1]
-    best = min(tries, key=lambda found: found.doubt if math.isfinite(found.doubt) else math.inf)
+    best = min(tries, key=lambda tried: tried.doubt if math.isfinite(tried.doubt) else math.inf)
     reason = f"differences at several step sizes do not agree: the outputs are rounded, or jump; doubt {best.doubt:.1e}"
     return Gradient(None, None, best.doubt, precision.tolerance, reason)
 
@@ -216,15 +216,15 @@ def _compare(promised: Sequence[float], fits: Sequence[tuple[float, float]], pre
     s = torch.tensor(STEPS, dtype=torch.float64)
     design = torch.stack([torch.ones_like(s), s.square()], 1) * s.unsqueeze(1)
     spread = float(torch.linalg.inv(design.T @ design)[0, 0].sqrt())  # of a, where one slope's at s = 1 is 1
-    found = math.sqrt(math.fsum(a * a for a, _ in fits))
+    measured = math.sqrt(math.fsum(a * a for a, _ in fits))
     away = math.sqrt(math.fsum((a - p) ** 2 for (a, _), p in zip(fits, promised, strict=True)))
     left = math.sqrt(math.fsum(rest for _, rest in fits))
-    if not (found > 0 and math.isfinite(found) and math.isfinite(left)):
+    if not (measured > 0 and math.isfinite(measured) and math.isfinite(left)):
         return Gradient(None, None, math.inf, precision.tolerance)
     promise = math.fsum(p * p for p in promised)
     along = math.fsum(a * p for (a, _), p in zip(fits, promised, strict=True))
     ratio = along / promise if promise > 0 else math.inf
-    return Gradient(ratio, away / found, SPREADS * spread * left / found, precision.tolerance)
+    return Gradient(ratio, away / measured, SPREADS * spread * left / measured, precision.tolerance)
 
 
 def _precision(model: nn.Module) -> _Precision:
@@ -239,7 +239,7 @@ def _precision(model: nn.Module) -> _Precision:
 
 
 def _at(eps: float) -> _Precision:
-    return next(found for least, found in PRECISIONS.items() if eps >= least)
+    return next(precision for least, precision in PRECISIONS.items() if eps >= least)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ def cut_layers(model: nn.Module) -> dict[str, float]:
 
     One layer of each kind is asked, with random rows: its weight is dequantised once, nothing else of the model runs.
     """
-    seen, found = set(), dict[str, float]()
+    seen, cut = set(), dict[str, float]()
     for path, layer in model.named_modules():
         if not (is_linear(layer) and is_quantized(layer)):
             continue
@@ -30,8 +30,8 @@ def cut_layers(model: nn.Module) -> dict[str, float]:
         seen.add(kind)
         cosine = _cosine(layer, _dtype_of(model))
         if cosine is not None and not cosine >= COSINE:
-            found[path] = cosine
-    return found
+            cut[path] = cosine
+    return cut
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:

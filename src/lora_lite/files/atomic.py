@@ -68,14 +68,14 @@ def write_atomically(where: Path, data: bytes, once: bool = False) -> None:
 def file_status(where: Path) -> os.stat_result | None:
     """The status of a file, None where there is nothing. Raises NotAFileError for what is no regular file."""
     try:
-        found = os.stat(where)
+        status = os.stat(where)
     except FileNotFoundError:
         return None
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
-        kind = kinds.get(stat.S_IFMT(found.st_mode), "device")
+        kind = kinds.get(stat.S_IFMT(status.st_mode), "device")
         raise NotAFileError(f"{where} is a {kind}, which a file cannot replace; give the path of a file")
-    return found
+    return status
 
 
 def sync_folder(folder: Path) -> None:
@@ -125,10 +125,10 @@ def _remove_abandoned(where: Path) -> None:
     pattern = re.compile(rf"{re.escape(_prefix(where))}([0-9a-f]{{1,9}})\.[0-9a-f]{{8,16}}\.tmp")
     try:
         with os.scandir(where.parent) as entries:
-            found = [(entry, pattern.fullmatch(entry.name)) for entry in entries]
+            matches = [(entry, pattern.fullmatch(entry.name)) for entry in entries]
     except PermissionError:  # a folder that may be written to, but not read
         return
-    for entry, name in found:
+    for entry, name in matches:
         if name is not None and entry.is_file(follow_symlinks=False):
             _remove_unlocked(entry.path, 0 if name[1] == _kernel() else FOREIGN_SECONDS)
 

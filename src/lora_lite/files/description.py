@@ -62,18 +62,18 @@ def describe(where: Path) -> dict[str, Any]:
     }
 
 
-def as_text(found: Mapping[str, Any]) -> str:
+def as_text(contents: Mapping[str, Any]) -> str:
     """What `describe` found, for people."""
-    methods = [f"{each['method']} (r = {each['config'].get('r')})" for each in found["methods"]]
-    basis = "" if found["holds_basis"] else ", bases left out: load rebuilds them"
+    methods = [f"{each['method']} (r = {each['config'].get('r')})" for each in contents["methods"]]
+    basis = "" if contents["holds_basis"] else ", bases left out: load rebuilds them"
     lines = [
-        f"{found['file']}: {found['bytes']:,} bytes, written by lora-lite {found['version']}",
+        f"{contents['file']}: {contents['bytes']:,} bytes, written by lora-lite {contents['version']}",
         f"method      {', '.join(methods)}",
-        f"base        {found['base']['name'] or 'no name'}, fingerprint {found['base']['fingerprint']}",
-        f"values      {found['trained_values']:,} trained, {found['frozen_values']:,} frozen{basis}",
-        f"layers      {found['layers']:,}",
-        *(f"  {count:>4} x {group}" for group, count in found["targets"].items()),
+        f"base        {contents['base']['name'] or 'no name'}, fingerprint {contents['base']['fingerprint']}",
+        f"values      {contents['trained_values']:,} trained, {contents['frozen_values']:,} frozen{basis}",
+        f"layers      {contents['layers']:,}",
+        *(f"  {count:>4} x {group}" for group, count in contents["targets"].items()),
     ]
     for label in ("train_also", "buffers"):
-        lines += [f"{label:<11} {key} {tuple(shape)}" for key, shape in found[label].items()]
+        lines += [f"{label:<11} {key} {tuple(shape)}" for key, shape in contents[label].items()]
     return "\n".join(lines)

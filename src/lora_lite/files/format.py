@@ -255,9 +255,9 @@ def _check_shapes(file: File, slices: Mapping[str, Any]) -> None:
     if unexpected := sorted(set(slices) - set(expected)):
         raise file.error(f"has {len(unexpected)} tensors that nothing asks for, such as {unexpected[0]}")
     for key, (dims, dtype) in expected.items():
-        found, kind = slices[key].get_shape(), SAFETENSORS_DTYPES.get(slices[key].get_dtype())
-        if (dims is not None and found != dims) or kind is None or (dtype is not None and kind != dtype):
-            raise file.error(f"{key} is {slices[key].get_dtype()} {found}, expected {dtype or 'a float'} {dims or ''}")
+        shape, kind = slices[key].get_shape(), SAFETENSORS_DTYPES.get(slices[key].get_dtype())
+        if (dims is not None and shape != dims) or kind is None or (dtype is not None and kind != dtype):
+            raise file.error(f"{key} is {slices[key].get_dtype()} {shape}, expected {dtype or 'a float'} {dims or ''}")
 
 
 def empty_adapter(file: File, path: str, cfg: AdapterConfig, i: int, o: int) -> Adapter:

@@ -44,9 +44,9 @@ def rebuilt(
     if not bool(((index >= 0) & (index < min(W.shape)) & (index == index.round())).all()):
         raise ValueError("holds indices of directions that this layer does not have")
     U = left_directions(W, int(index.max()) + 1)[0][:, index.long().to(W.device)].cpu()
-    found = sketch(U)
-    sign = torch.where((found * expected).sum(0) < 0, -1.0, 1.0)
-    error = (found * sign - expected).norm(dim=0) / expected.norm(dim=0)
+    here = sketch(U)
+    sign = torch.where((here * expected).sum(0) < 0, -1.0, 1.0)
+    error = (here * sign - expected).norm(dim=0) / expected.norm(dim=0)
     if not bool((error <= SAME).all()):
         raise ValueError(
             f"the basis rebuilt from this model differs from the one trained on ({int((error > SAME).sum())} of "

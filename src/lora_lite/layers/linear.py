@@ -45,12 +45,12 @@ def is_read_uncalled(layer: nn.Module) -> bool:
 def unknown_kinds(model: nn.Module) -> dict[str, int]:
     """Kinds of module that have numbers of input and output features but no weight that is understood, with counts."""
     sizes = (("in_features", "out_features"), ("infeatures", "outfeatures"))
-    found = [
+    kinds = [
         type(module).__name__
         for module in model.modules()
         if not is_linear(module) and any(all(hasattr(module, name) for name in pair) for pair in sizes)
     ]
-    return dict(Counter(found))
+    return dict(Counter(kinds))
 
 
 @functools.cache

@@ -98,12 +98,12 @@ def _is_item(modules: Mapping[str, nn.Module], path: str) -> bool:
 
 def _held(norms: Mapping[str, int], items: set[str]) -> dict[str, Counter[int]]:
     """The widths of the norms within each list item; an item that is a norm itself is none."""
-    found: dict[str, Counter[int]] = {}
+    held: dict[str, Counter[int]] = {}
     for path, width in norms.items():
         for above in _above(path):
             if above in items:
-                found.setdefault(above, Counter())[width] += 1
-    return found
+                held.setdefault(above, Counter())[width] += 1
+    return held
 
 
 def _width(declared: int | None, norms: Mapping[int, int], shapes: Iterable[tuple[int, int]]) -> int | None:

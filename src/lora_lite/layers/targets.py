@@ -93,16 +93,16 @@ def _indices(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> dict[str
     In a model without such a list it is the first integer of the path.
     """
     lists = {path: kind for path, module in modules.items() if (kind := _repeats(module)) is not None}
-    found: dict[str, int | None] = {}
+    indices: dict[str, int | None] = {}
     for path in paths:
         parts = path.split(".")
         around = [above for n in range(len(parts)) if (above := ".".join(parts[:n])) in lists]
         of = next((above for above in around if lists[above]), next(iter(around), None))  # a ModuleList first
         if of is not None:
             child = parts[of.count(".") + 1 if of else 0]
-            found[path] = list(modules[of]._modules).index(child)
-    if found:
-        return {path: found.get(path) for path in paths}
+            indices[path] = list(modules[of]._modules).index(child)
+    if indices:
+        return {path: indices.get(path) for path in paths}
     return {path: next((int(part) for part in path.split(".") if part.isdigit()), None) for path in paths}
 
 
@@ -185,18 +185,18 @@ def _select(model: nn.Module, cfg: AdapterConfig) -> Selection:
 
 def left_out(selections: Sequence[Selection]) -> dict[str, str]:
     """The layers that defaults left out of all of some selections: path -> its path and shape."""
-    found = {path: f"{path} ({i} -> {o})" for each in selections for path, (i, o) in each.left_out.items()}
-    found |= {path: path for each in selections for path in each.unspelled}
-    return {path: words for path, words in found.items() if not any(path in each.layers for each in selections)}
+    left = {path: f"{path} ({i} -> {o})" for each in selections for path, (i, o) in each.left_out.items()}
+    left |= {path: path for each in selections for path in each.unspelled}
+    return {path: words for path, words in left.items() if not any(path in each.layers for each in selections)}
 
 
 def left_out_words(selections: Sequence[Selection]) -> str:
     """A sentence about `left_out`; empty where nothing was."""
-    found = list(left_out(selections).values())
-    if not found:
+    left = list(left_out(selections).values())
+    if not left:
         return ""
     return (
-        f"{len(found)} linear layers left out by default, for instance {', '.join(found[:2])}: they neither read nor "
+        f"{len(left)} linear layers left out by default, for instance {', '.join(left[:2])}: they neither read nor "
         "write a residual stream, are a head, or are never called (nn.MultiheadAttention's out_proj); name them in "
         "target_names to adapt them, or give target_roles and exclude_names to leave them out"
     )
@@ -232,12 +232,12 @@ def _heads(model: nn.Module, cfg: AdapterConfig) -> set[Any]:
     """The output head and input embedding, whatever their names, while the config excludes them by the usual names."""
     getters = {"lm_head": "get_output_embeddings", "embed_tokens": "get_input_embeddings"}
     wanted = [getter for name, getter in getters.items() if name in cfg.exclude_names]
-    found: set[Any] = set()
+    heads: set[Any] = set()
     for module in model.modules():  # a model may lie within another, such as one with a value head
         for get in (getattr(module, getter, None) for getter in wanted):
             with contextlib.suppress(NotImplementedError, AttributeError):  # transformers' ways to say that it has none
-                found |= {get()} if callable(get) else set()
-    return found
+                heads |= {get()} if callable(get) else set()
+    return heads
 
 
 def _every_pattern_matches(everything: list[Candidate], cfg: AdapterConfig, model: nn.Module) -> None:
@@ -261,7 +261,7 @@ def _every_pattern_matches(everything: list[Candidate], cfg: AdapterConfig, mode
 def _nothing_left(everything: list[Candidate], excluded: list[Candidate], roles: dict[str, str], cfg: Any) -> str:
     name = type(cfg).__name__
     if roles:
-        seen = ", ".join(f"{path}: {found}" for path, found in list(roles.items())[:5])
+        seen = ", ".join(f"{path}: {its_role}" for path, its_role in list(roles.items())[:5])
         return (
             f"{name}: no target has a role in {cfg.target_roles} ({seen}); add the role, give d_model=..., or use "
             "target_roles=() to select by name alone"
@@ -277,11 +277,11 @@ def _nothing_left(everything: list[Candidate], excluded: list[Candidate], roles:
 def uncovered(model: nn.Module) -> dict[str, int]:
     """Fused 3-D weights (experts), by name with their sizes: code multiplies with them without calling a layer, so no
     hook sees them. Convolution kernels and reparametrised tensors are none."""
-    found: dict[str, int] = {}
+    weights: dict[str, int] = {}
     for path, module in model.named_modules():
         if isinstance(module, nn.modules.conv._ConvNd) or "parametriz" in type(module).__module__:
             continue
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim == 3 and min(parameter.shape) > 1:
-                found[f"{path}.{name}" if path else name] = parameter.numel()
-    return found
+                weights[f"{path}.{name}" if path else name] = parameter.numel()
+    return weights

@@ -76,8 +76,8 @@ def _refuse_other_acts(
         for adapter in adapters_on(rest):
             adapter.derive(rest)
         with torch.device("cpu"):
-            found = probed(rest, *shape(layer), path)
-    if any(relative(now, before) > AFFINE_TOLERANCE for now, before in zip(found, whole, strict=True)):
+            merged = probed(rest, *shape(layer), path)
+    if any(relative(now, before) > AFFINE_TOLERANCE for now, before in zip(merged, whole, strict=True)):
         acting = ", ".join(each for each in layer.lora if each != name)  # type: ignore[union-attr, operator]
         raise NotAffineError(
             f"{path}: {acting} would act in another way on weights that {name!r} is merged into (measured), so the "
@@ -125,6 +125,6 @@ def eval_output(layer: nn.Module, x: Tensor) -> Tensor:
         return layer(x).cpu()
 
 
-def relative(found: Tensor, exact: Tensor) -> float:
-    """||found - exact|| / ||exact||."""
-    return float((found - exact).norm() / exact.norm().clamp(min=torch.finfo(torch.float64).tiny))
+def relative(value: Tensor, exact: Tensor) -> float:
+    """||value - exact|| / ||exact||."""
+    return float((value - exact).norm() / exact.norm().clamp(min=torch.finfo(torch.float64).tiny))

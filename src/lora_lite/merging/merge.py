@@ -65,15 +65,15 @@ def merged_weights(model: nn.Module, name: str | None = None) -> dict[str, Tenso
     """
     root, state = root_of(model, name)
     refuse_merged(state, "merged_weights")
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     with Transaction(root):  # measuring runs layers in eval mode
         folds = fold_layers(root, state, name)
     for path, fold in folds.items():
         for place, _, _ in list(_places(root, root.get_submodule(path))) or [(path, root, "")]:
-            found[f"{place}.weight"] = fold.W
+            weights[f"{place}.weight"] = fold.W
             if fold.b is not None:
-                found[f"{place}.bias"] = fold.b
-    return found
+                weights[f"{place}.bias"] = fold.b
+    return weights
 
 
 @torch.no_grad()

@@ -122,9 +122,9 @@ def described(root: nn.Module, state: State, name: str) -> Attachment:
 
 def is_adapters_key(key: str, model: nn.Module) -> bool:
     """Whether the parameter `key` is an adapter's."""
-    for found in re.finditer(r"\.lora\.", key):  # base modules may be called so as well
-        store = model.get_submodule(key[: found.start()])._modules.get("lora")
-        name = key[found.end() :].partition(".")[0]
+    for match in re.finditer(r"\.lora\.", key):  # base modules may be called so as well
+        store = model.get_submodule(key[: match.start()])._modules.get("lora")
+        name = key[match.end() :].partition(".")[0]
         if store is not None and isinstance(store._modules.get(name), Adapter):
             return True
     return False

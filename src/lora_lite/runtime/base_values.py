@@ -22,15 +22,15 @@ def moving_buffers(root: nn.Module) -> dict[str, Tensor]:
 
     Large integer buffers are quantised weights, which it does not; those that no state dict holds are caches.
     """
-    found: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = {}
     for path, module in root.named_modules():
         if not isinstance(module, Adapter):
             for key, buffer in module._buffers.items():
                 if buffer is None or buffer.is_meta or key in module._non_persistent_buffers_set:
                     continue
                 if buffer.is_floating_point() or buffer.numel() == 1:
-                    found[f"{path}.{key}" if path else key] = buffer
-    return found
+                    buffers[f"{path}.{key}" if path else key] = buffer
+    return buffers
 
 
 def moved_buffers(root: nn.Module, state: State) -> dict[str, Tensor]:

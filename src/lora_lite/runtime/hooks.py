@@ -55,9 +55,9 @@ def after_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
 def _changed(layer: nn.Module, x: Tensor, y: Any) -> Tensor:
     i, o = shape(layer)
     if not isinstance(y, Tensor) or x.shape[-1] != i or y.shape[-1] != o:
-        found = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+        given = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
         raise TargetError(
-            f"{type(layer).__name__}({i} -> {o}) mapped {tuple(x.shape)} to {found}, so it is no plain linear layer "
+            f"{type(layer).__name__}({i} -> {o}) mapped {tuple(x.shape)} to {given}, so it is no plain linear layer "
             "and cannot be adapted; leave it out with exclude_names"
         )
     x = x.to(y.device)

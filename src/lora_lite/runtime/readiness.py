@@ -46,12 +46,12 @@ def ready_state(model: nn.Module, name: str) -> State:
             )
     if sharded := next((key for key, p in model.named_parameters() if is_sharded(p)), None):
         raise StateError(f"{sharded} is sharded: attach first, then shard (gradients would not be reduced)")
-    found = find_root(model)
-    if found is None:
+    live = find_root(model)
+    if live is None:
         if any(isinstance(module, Adapter) for module in model.modules()):
             raise StateError("this module lies within one that has adapters: attach to that one")
         return State()
-    root, state = found
+    root, state = live
     if root is not model:
         raise StateError(
             f"adapters are attached to the {type(root).__name__} within this model: pass the same module each time"

@@ -66,14 +66,14 @@ def find_root(model: nn.Module) -> tuple[nn.Module, State] | None:
 
 def root_of(model: nn.Module, name: str | None = None) -> tuple[nn.Module, State]:
     """The root and its state. Raises `StateError` where nothing, or nothing called `name`, is attached."""
-    found = find_root(model)
-    if found is None:
+    live = find_root(model)
+    if live is None:
         within = any(isinstance(module, Adapter) for module in model.modules())
         hint = "its adapters were attached to a module around it: pass that one" if within else "call attach or load"
         raise StateError(f"{type(model).__name__} has no adapters of its own; {hint}")
-    if name is not None and name not in found[1].adapters:
-        raise StateError(f"no adapter is named {name!r}; attached: {', '.join(found[1].adapters)}")
-    return found
+    if name is not None and name not in live[1].adapters:
+        raise StateError(f"no adapter is named {name!r}; attached: {', '.join(live[1].adapters)}")
+    return live
 
 
 def adapters_of(root: nn.Module, name: str) -> dict[str, Adapter]:
@@ -84,7 +84,7 @@ def adapters_of(root: nn.Module, name: str) -> dict[str, Adapter]:
     """
     state: State = root.__dict__[ROOT]
     modules = dict(root.named_modules())
-    found: dict[str, Adapter] = {}
+    adapters: dict[str, Adapter] = {}
     for path in state.adapters[name].targets:
         store = getattr(modules.get(path), "lora", None)
         if store is None or name not in store:
@@ -92,8 +92,8 @@ def adapters_of(root: nn.Module, name: str) -> dict[str, Adapter]:
                 f"adapter {name!r}: the layer {path} was replaced since attach and its adapter is gone; detach and "
                 "attach again (change a model's layers before attaching)"
             )
-        found[path] = store[name]
-    return found
+        adapters[path] = store[name]
+    return adapters
 
 
 def trained_also(root: nn.Module, name: str) -> dict[str, nn.Parameter]:
