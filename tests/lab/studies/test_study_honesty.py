@@ -24,7 +24,7 @@ def test_one_seed_decides_nothing(model: str, tmp_path: Path) -> None:
     for record in list(ledger.records()):  # as if every reply of lora were right, and none of ia3
         if record["config"]["kind"] == "seed":
             (ledger.runs / f"{record['id']}.json").unlink()
-            share = float(record["config"]["methods"][0]["variant"] == "lora")
+            share = float(record["config"]["methods"][0]["method"] == "lora")
             found = {key: value for key, value in record.items() if key not in ("id", "status", "config", "digest")}
             ledger.write(record["config"], DONE, {**found, "accuracy": share, "scores": [share] * 6})
     two = {arm.arm: arm for arm in analyse(tmp_path).arms}

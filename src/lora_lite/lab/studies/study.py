@@ -157,7 +157,7 @@ class Study:
         """An arm's methods with all their settings, the seed of their initial values among them."""
         if arm.name in self.arms_as_run:
             return [{**values, "seed": seed} for values in self.arms_as_run[arm.name]["methods"]]
-        found = [{"variant": method_of(cfg).facts.name, **cfg.to_dict()} for cfg in arm.with_seed(seed)]
+        found = [{"method": method_of(cfg).facts.name, **cfg.to_dict()} for cfg in arm.with_seed(seed)]
         return json.loads(json.dumps(found))  # as a file gives it: lists, no tuples
 
     def as_run(self) -> "Study":

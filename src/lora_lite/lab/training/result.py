@@ -93,7 +93,7 @@ def asked_for(run: RunConfig, method: Methods, training: TrainConfig) -> dict[st
     """All settings of a run as plain data: "methods", "training" and "run"."""
     methods = [method] if isinstance(method, ll.AdapterConfig) else list(method)
     return {
-        "methods": [{"variant": method_of(cfg).facts.name, **cfg.to_dict()} for cfg in methods],
+        "methods": [{"method": method_of(cfg).facts.name, **cfg.to_dict()} for cfg in methods],
         "training": dataclasses.asdict(training),
         "run": {**dataclasses.asdict(run), "out": str(run.out)},
     }
