@@ -12,7 +12,7 @@ from lora_lite.lab import terminal
 from lora_lite.lab.commands import flags
 from lora_lite.lab.costs.cost import cost_table, costs
 from lora_lite.lab.findings.analysis import analyse
-from lora_lite.lab.models.devices import pick_device, pick_dtype
+from lora_lite.lab.models.base import Base
 from lora_lite.lab.probe.probe import probe
 from lora_lite.lab.report import tables
 from lora_lite.lab.report.page import write_page
@@ -45,7 +45,9 @@ def train(arguments: Sequence[str], shared: Shared) -> int:
         return 0 if found.ok else 1
     result = finetune(run, method, training)
     reports.show(result)
-    terminal.line(terminal.console(), f"all that was measured: {Path(result.summary['run']['out']) / 'result.json'}")
+    terminal.line(
+        terminal.console(), f"all that was measured: {Path(str(result.summary['run']['out'])) / 'result.json'}"
+    )
     shared.say(result.summary)
     return 0
 
@@ -220,10 +222,7 @@ def cost(arguments: Sequence[str], shared: Shared) -> int:
     asked = tyro.cli(CostFlags, args=list(arguments), prog="lora-lite cost", description=COST, config=STYLE)
     targets = {key: getattr(asked, key) for key in ("methods", "layers", "target_names", "target_roles")}
     arms = {arm.name: list(arm.configs) for arm in Study(**targets).arms()}
-    dtype = pick_dtype(asked.dtype, pick_device(None))
-    found = costs(
-        asked.model, arms, dtype, asked.quantization, not asked.shapes, trust_remote_code=asked.trust_remote_code
-    )
-    terminal.console().print(cost_table(found))
-    shared.say(found)
+    rows = costs(Base.of(asked), arms, not asked.shapes)
+    terminal.console().print(cost_table(rows))
+    shared.say(rows)
     return 0

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 import lora_lite as ll
 from lora_lite.batches import eval_mode
 from lora_lite.checking.check import EXPERT
-from lora_lite.lab.provenance import tensor_print
+from lora_lite.lab.provenance import tensor_fingerprint
 from lora_lite.layers.linear import is_linear, is_quantized
 from lora_lite.merging.plain_weights import affine
 from lora_lite.registry import method_of
@@ -205,7 +205,7 @@ class Probe:
 
 def fingerprints(model: PreTrainedModel) -> dict[str, str]:
     """Fingerprints of the bits of every tensor of the base, by name."""
-    return {key: tensor_print(tensor) for key, tensor in ll.base_state_dict(model).items()}
+    return {key: tensor_fingerprint(tensor) for key, tensor in ll.base_state_dict(model).items()}
 
 
 @torch.no_grad()

@@ -70,12 +70,12 @@ def train(
     """
     require_fit(model, items, "the longest example")
     accelerator = Accelerator(cpu=model.device.type == "cpu")
-    found = last_checkpoint(folder) if folder is not None and resume else None
-    att = ll.load(model, found / ADAPTER, name=name, overwrite=True) if found else ll.attachment(model, name)
+    there = last_checkpoint(folder) if folder is not None and resume else None
+    att = ll.load(model, there / ADAPTER, name=name, overwrite=True) if there else ll.attachment(model, name)
     peak = cfg.lr if cfg.lr is not None else next(iter(att.targets.values())).facts.lr
     optimizer = _optimizer(model, cfg, peak, name)
     set_seed(cfg.seed)
-    progress = _restore(found, optimizer, cfg, items) if found else Progress()
+    progress = _restore(there, optimizer, cfg, items) if there else Progress()
     wrapped = accelerator.prepare_model(model)
     order = BatchOrder([len(item) for item in items], cfg.batch_size, cfg.seed)
     model.train()
@@ -175,11 +175,14 @@ def _note(progress: Progress, loss: float, batch: Sequence[Encoded], seconds: fl
     progress.seconds += seconds
 
 
-def _restore(found: Path, optimizer: torch.optim.Optimizer, cfg: TrainConfig, items: Sequence[Encoded]) -> Progress:
-    record, its = read_progress(found)
+def _restore(
+    checkpoint: Path, optimizer: torch.optim.Optimizer, cfg: TrainConfig, items: Sequence[Encoded]
+) -> Progress:
+    progress, its = read_progress(checkpoint)
     if its != fingerprint(cfg, items):
         raise TrainingError(
-            f"{found} is of a run with other settings or data; resume with the same ones, or train in another folder"
+            f"{checkpoint} is of a run with other settings or data; resume with the same ones, or train in another "
+            "folder"
         )
-    restore_optimizer(found, optimizer)
-    return Progress(**record)
+    restore_optimizer(checkpoint, optimizer)
+    return progress
