@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from rich.table import Table
 from tqdm.auto import tqdm
@@ -37,6 +37,22 @@ class Check:
         return {True: "ok", False: "FAILED", None: "-"}[self.ok]
 
 
+class CheckRecord(TypedDict):
+    """The fields of a `Check` but for its name."""
+
+    measured: str
+    bound: str
+    ok: bool | None
+
+
+class ProbeRecord(TypedDict):
+    """The last line of output. checks: by name."""
+
+    ok: bool
+    seconds: float
+    checks: dict[str, CheckRecord]
+
+
 @dataclass(frozen=True)
 class ProbeReport:
     """What `probe` found. ok: no check failed."""
@@ -58,9 +74,9 @@ class ProbeReport:
             terminal.row(table, (check.name, check.measured, check.bound, check.verdict), style)
         return table
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> ProbeRecord:
         """As plain data for JSON."""
-        rows = {c.name: {"measured": c.measured, "bound": c.bound, "ok": c.ok} for c in self.checks}
+        rows = {c.name: CheckRecord(measured=c.measured, bound=c.bound, ok=c.ok) for c in self.checks}
         return {"ok": self.ok, "seconds": round(self.seconds, 1), "checks": rows}
 
 
@@ -105,10 +121,10 @@ def probe_method(
     """
     started = time.perf_counter()
     configs = [method] if isinstance(method, ll.AdapterConfig) else list(method)
-    found = Probe(fresh, configs, batches, calibration_data, lr, steps, train_also)
+    measuring = Probe(fresh, configs, batches, calibration_data, lr, steps, train_also)
     checks: list[Check] = []
-    for name, bound, check in tqdm(found.checks(), desc="probe", unit="check", leave=False):
-        if checks and not found.runs:
+    for name, bound, check in tqdm(measuring.checks(), desc="probe", unit="check", leave=False):
+        if checks and not measuring.runs:
             checks.append(Check(name, NOT_REACHED, bound, None))
             continue
         try:
