@@ -3,7 +3,7 @@
 import dataclasses
 
 from lora_lite.lab import identity
-from lora_lite.lab.studies.records import JobConfig, Prints
+from lora_lite.lab.studies.records import Fingerprints, JobConfig
 from lora_lite.lab.studies.study import Study
 from lora_lite.lab.training.config import RunConfig
 from lora_lite.lab.training.progress import TrainConfig
@@ -25,6 +25,6 @@ def test_what_does_not_count_are_settings_with_a_reason() -> None:
 
 def test_the_table_of_a_jobs_configuration_is_its_record() -> None:
     assert set(identity.JOB) | {"prints"} == set(JobConfig.__annotations__)
-    assert list(identity.DATA) == list(Prints.__annotations__)
+    assert list(identity.DATA) == list(Fingerprints.__annotations__)
     optional = {key for key, kinds in identity.JOB.items() if set(kinds) != set(identity.KINDS)}
     assert JobConfig.__optional_keys__ == optional

@@ -39,10 +39,10 @@ def train(arguments: Sequence[str], shared: Shared) -> int:
     """Fine-tune, and measure before and after; or probe."""
     run, method, training = flags.parse(arguments)
     if run.probe:
-        found = probe(run, method, training)
-        terminal.console().print(found.table())
-        shared.say(found.summary())
-        return 0 if found.ok else 1
+        measured = probe(run, method, training)
+        terminal.console().print(measured.table())
+        shared.say(measured.summary())
+        return 0 if measured.ok else 1
     result = finetune(run, method, training)
     reports.show(result)
     terminal.line(
@@ -94,10 +94,10 @@ STUDY = (
 
 def bench(arguments: Sequence[str], shared: Shared) -> int:
     """Compare."""
-    found = tyro.cli(BenchFlags, args=list(arguments), prog="lora-lite bench", description=BENCH, config=STYLE)
+    asked = tyro.cli(BenchFlags, args=list(arguments), prog="lora-lite bench", description=BENCH, config=STYLE)
     if not any(word.split("=")[0] in ("--task", "--study.task") for word in arguments):
         argparse.ArgumentParser(prog="lora-lite bench").error(f"nothing says what to compare on: give --task {TASKS}")
-    return compare(found, shared.command("bench", arguments), shared)
+    return compare(asked, shared.command("bench", arguments), shared)
 
 
 def study(arguments: Sequence[str], shared: Shared) -> int:
@@ -113,10 +113,10 @@ def study(arguments: Sequence[str], shared: Shared) -> int:
         print(f"{usage}\n\n{lines}")
         return 0 if {"-h", "--help"} & set(rest) else 2
     default = BenchFlags(load_study(known.name, known.smoke))
-    found = tyro.cli(
+    asked = tyro.cli(
         BenchFlags, args=rest, default=default, prog=f"lora-lite study {known.name}", description=STUDY, config=STYLE
     )
-    return compare(found, shared.command("study", arguments), shared)
+    return compare(asked, shared.command("study", arguments), shared)
 
 
 def compare(asked: BenchFlags, command: str, shared: Shared) -> int:
@@ -173,10 +173,10 @@ def report(arguments: Sequence[str], shared: Shared) -> int:
         "One self-contained page (index.html) and pictures (PNG) of a bench or study, in its folder, and its table. "
     )
     about += EVERYWHERE
-    found = tyro.cli(ReportFlags, args=list(arguments), prog="lora-lite report", description=about, config=STYLE)
-    show(expanded(found.results), True, shared)
-    if found.tsv:
-        write_tsv(Ledger(expanded(found.results)), found.tsv)
+    asked = tyro.cli(ReportFlags, args=list(arguments), prog="lora-lite report", description=about, config=STYLE)
+    show(expanded(asked.results), True, shared)
+    if asked.tsv:
+        write_tsv(Ledger(expanded(asked.results)), asked.tsv)
     return 0
 
 
@@ -189,7 +189,7 @@ class CostFlags:
         model: "smollm2" (embedded), a hub id or a local folder.
         quantization: of the base: "none", "4bit" or "8bit".
         dtype: of the base: "float32", "bfloat16" or "auto".
-        shapes: only what shapes tell: parameters, bytes and multiply-accumulates. It loads no weights.
+        shapes: only what shapes give: parameters, bytes and multiply-accumulates. It loads no weights.
         layers: indices of the layers to adapt. None: all.
         target_names: names or regexes of the layers to adapt, for methods that do not choose their own.
         target_roles: roles of the layers to adapt, for the same methods.

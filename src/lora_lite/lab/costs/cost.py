@@ -222,22 +222,22 @@ def cost_table(rows: Mapping[str, Row]) -> Table:
         name: {"": f"does not fit: {row['error']}"} if "error" in row else {k: f(row) for k, f in columns.items()}
         for name, row in rows.items()
     }
-    kept = [title for title in columns if any(found.get(title) for found in cells.values())]
+    kept = [title for title in columns if any(line.get(title) for line in cells.values())]
     table = terminal.table("costs", "\n".join(_captions(cells)))
     terminal.column(table, "method")
     for title in kept:
         terminal.column(table, title, right=True)
-    for name, found in cells.items():
-        terminal.row(table, [name, *([found[title] for title in kept] if "" not in found else [])])
+    for name, line in cells.items():
+        terminal.row(table, [name, *([line[title] for title in kept] if "" not in line else [])])
     return table
 
 
 def _captions(cells: Mapping[str, Mapping[str, str]]) -> Iterable[str]:
     yield "MACs: multiply-accumulates added to the base's (and as a share of them)"
-    if any(found.get("forward") for found in cells.values()):
+    if any(line.get("forward") for line in cells.values()):
         yield "forward, step: time over the frozen base's, median [quartiles]"
         yield "attach: calibration + factorisation + build"
-    yield from (f"{name}: {found['']}" for name, found in cells.items() if "" in found)
+    yield from (f"{name}: {line['']}" for name, line in cells.items() if "" in line)
 
 
 def _maybe(value: Any, show: Any) -> str:

@@ -49,8 +49,8 @@ def job_config(study: Study, job: Job, plan: Plan) -> JobConfig:
         "training": identity.counted(training, identity.TRAINING),
     }
     config = {key: values[key] for key, kinds in identity.JOB.items() if job.kind in kinds and values[key] is not None}
-    prints = cast(dict[str, str], plan["prints"])
-    config["prints"] = {part: prints[part] for part, kinds in identity.DATA.items() if job.kind in kinds}
+    fingerprints = cast(dict[str, str], plan["prints"])
+    config["prints"] = {part: fingerprints[part] for part, kinds in identity.DATA.items() if job.kind in kinds}
     return cast(JobConfig, config)
 
 
@@ -80,8 +80,8 @@ def shared_config(study: Study, plan: Plan) -> dict[str, Any]:
     """What the configurations of a study's training runs have in common: those of LoRA's, by name."""
     plain = dataclasses.replace(study, methods=("lora",), baseline="")
     config: dict[str, Any] = {**job_config(plain, Job(identity.TUNE, plain.arms()[0]), plan)}
-    prints, training, (method,) = (config.pop(key) for key in ("prints", "training", "methods"))
-    return {**method, **training, **config, **{f"data: {part}": digest for part, digest in prints.items()}}
+    fingerprints, training, (method,) = (config.pop(key) for key in ("prints", "training", "methods"))
+    return {**method, **training, **config, **{f"data: {part}": digest for part, digest in fingerprints.items()}}
 
 
 def remaining(study: Study, plan: Plan, ledger: Ledger) -> list[Job]:

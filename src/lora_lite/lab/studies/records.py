@@ -13,8 +13,8 @@ from lora_lite.lab.training.data import TokenRecord
 DONE, FAILED = "done", "failed"
 
 
-class Prints(TypedDict):
-    """Fingerprints of the base and of each part of the data. other, general: what forgetting is measured on."""
+class Fingerprints(TypedDict):
+    """Of the base and of each part of the data. other, general: what forgetting is measured on."""
 
     base: str
     train: str
@@ -56,7 +56,7 @@ class Plan(TypedDict):
     """
 
     study: dict[str, Any]
-    prints: Prints
+    prints: Fingerprints
     dtype: str
     device: str
     max_new_tokens: int

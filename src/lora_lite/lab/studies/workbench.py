@@ -8,7 +8,7 @@ from functools import partial
 from lora_lite.errors import LoraLiteError
 from lora_lite.lab.models.base import Base
 from lora_lite.lab.provenance import base_fingerprint, provenance
-from lora_lite.lab.studies.records import Plan, Prints, Sources
+from lora_lite.lab.studies.records import Fingerprints, Plan, Sources
 from lora_lite.lab.studies.study import Study
 from lora_lite.lab.tasks.catalogue import load_task
 from lora_lite.lab.tasks.corpora import general_text
@@ -45,7 +45,7 @@ class Workbench:
     windows: list[list[int]]
     other: list[Encoded]
     max_new_tokens: int
-    fingerprints: Prints
+    fingerprints: Fingerprints
     sources: Sources
     trackers: Callable[..., Trackers]
 
@@ -101,7 +101,7 @@ def open_workbench(study: Study) -> Workbench:
     tokenizer = session.tokenizer
     windows = text_windows(text, tokenizer, study.window_tokens, study.general_windows) if text else []
     decoded = [Example(str(tokenizer.decode(window)), "", "text") for window in windows]
-    fingerprints = Prints(
+    fingerprints = Fingerprints(
         base=base_fingerprint(session.model), **data.fingerprints, other=fingerprint(elsewhere),
         general=fingerprint(decoded),
     )  # fmt: skip

@@ -115,10 +115,15 @@ class Measured:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def summarize(run: RunConfig, methods: Methods, training: TrainConfig, found: Measured) -> Result:
+def summarize(run: RunConfig, methods: Methods, training: TrainConfig, measured: Measured) -> Result:
     """The result of a run: what was asked for, and what was measured."""
-    before, after, progress, att = found.before, found.after, found.trained.progress, found.trained.attachment
-    base = found.session.base
+    before, after, progress, att = (
+        measured.before,
+        measured.after,
+        measured.trained.progress,
+        measured.trained.attachment,
+    )
+    base = measured.session.base
     summary: Summary = {
         "accuracy_before": before.accuracy,
         "accuracy_after": after.accuracy,
@@ -127,12 +132,12 @@ def summarize(run: RunConfig, methods: Methods, training: TrainConfig, found: Me
         "cut_off_after": after.cut_off,
         "verifier_failures": {"before": before.failures, "after": after.failures},
         "items": len(after.records),
-        "data": describe_data(found.session),
+        "data": describe_data(measured.session),
         "trainable": att.num_trainable,
-        "adapter": str(found.adapter),
-        "adapter_bytes": found.adapter.stat().st_size,
+        "adapter": str(measured.adapter),
+        "adapter_bytes": measured.adapter.stat().st_size,
         "reloaded_answers_compared": min(run.reload_examples, len(after.records)),
-        "seconds": found.seconds,
+        "seconds": measured.seconds,
         "tokens_per_second": round(progress.tokens / progress.seconds, 1),
         "peak_memory_mb": round(peak_memory_mb(base.device), 1),
         "final_loss": progress.losses[-1],
