@@ -32,13 +32,13 @@ def device_name(device: torch.device) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that a result depends on, of those installed."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 @functools.cache
@@ -87,9 +87,9 @@ def provenance(device: torch.device) -> Provenance:
     }
 
 
-def where(found: Mapping[str, Any]) -> str:
+def where(origin: Mapping[str, Any]) -> str:
     """The machine of a provenance, in words."""
-    return f"{found['device']} ({found['threads']} threads)"
+    return f"{origin['device']} ({origin['threads']} threads)"
 
 
 @torch.no_grad()
