@@ -35,8 +35,7 @@ def check(model: nn.Module, batches: Iterable[Any]) -> CheckReport:
 
     Args:
         model: the model, or a wrapper of it (DDP: gradients are compared across processes).
-        batches: one or a few batches, as for `attach`; the loss is the model's own `loss` if its output has one, else a
-            random projection of its outputs.
+        batches: a few, as for `attach`; the loss is the output's own `loss` if it has one, else a random projection.
 
     Raises:
         CheckError: an adapter that never ran, ran in one mode only, got no gradient or one that is zero or not finite,
@@ -101,8 +100,8 @@ def _find_dead(model: nn.Module, batch: Any, adapters: Layers, report: CheckRepo
     """Raise for an adapter whose change reaches no output, among those without a gradient that shows it."""
     asked: dict[str, dict[str, Adapter]] = {}
     for name, layers in report.layers.items():
-        known = {path for path, layer in layers.items() if layer.calls == 0 or any(layer.grad_norms.values())}
-        asked[name] = {path: adapter for path, adapter in adapters[name].items() if path not in known}
+        seen = {path for path, layer in layers.items() if layer.calls == 0 or any(layer.grad_norms.values())}
+        asked[name] = {path: adapter for path, adapter in adapters[name].items() if path not in seen}
     for name, path in without_effect(model, batch, asked):
         raise CheckError(
             f"adapter {name!r} on {path} ran, but leaving it out changes no output: what its layer computes is not "

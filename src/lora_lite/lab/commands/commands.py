@@ -45,9 +45,8 @@ def train(arguments: Sequence[str], shared: Shared) -> int:
         return 0 if measured.ok else 1
     result = finetune(run, method, training)
     reports.show(result)
-    terminal.line(
-        terminal.console(), f"all that was measured: {Path(str(result.summary['run']['out'])) / 'result.json'}"
-    )
+    out = result.summary["run"]["out"]
+    terminal.line(terminal.console(), f"all that was measured: {Path(out) / 'result.json'}")
     shared.say(result.summary)
     return 0
 

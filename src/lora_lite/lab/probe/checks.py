@@ -17,9 +17,9 @@ from lora_lite.batches import eval_mode
 from lora_lite.checking.passes import Layers, grad_norm, note_gradients, perturb, put_back, watch
 from lora_lite.lab.provenance import tensor_fingerprint
 from lora_lite.layers.linear import is_linear, is_quantized
+from lora_lite.layers.targets import select
 from lora_lite.merging.plain_weights import affine
 from lora_lite.registry import method_of
-from lora_lite.runtime.attach import select_all
 from lora_lite.runtime.skipped import EXPERT
 
 Batch = Mapping[str, Tensor]
@@ -104,7 +104,7 @@ class Probe:
     # ---- checks
 
     def targets(self) -> Measured:
-        wanted = set(select_all(self.model, self.configs)[0])
+        wanted = {path for cfg in self.configs for path in select(self.model, cfg)}
         self.att = ll.attach(self.model, self.configs, self.data, train_also=self.also)
         with watch(self.adapters) as report:
             self.adapted = self.logits(self.model)

@@ -61,8 +61,7 @@ def train(
         model: a causal language model with an attached adapter (with `resume`: the bare base).
         items: encoded examples. pad: token id to pad with.
         folder: where checkpoints go, every `cfg.save_every` steps. None: none are written.
-        resume: go on from the last whole checkpoint in `folder`, if there is one.
-        on_step: called after each step.
+        resume: go on from the last whole checkpoint in `folder`, if there is one. on_step: called after each step.
 
     Raises:
         TrainingError: a loss that is not finite, an adapter that never ran, or a checkpoint of another run.
@@ -89,10 +88,8 @@ def train(
                 _refuse_idle(att)
             progress.grad_norm = _update(accelerator, optimizer, progress.rate, cfg.clip)
             _note(progress, loss, batch, time.perf_counter() - started)
-            bar.set_postfix_str(f"loss {loss:.3f}, {progress.tokens / progress.seconds:,.0f} tokens/s")
-            bar.update()
-            due = cfg.save_every and progress.step % cfg.save_every == 0
-            if folder is not None and due and accelerator.is_main_process:
+            _show(bar, progress)
+            if folder is not None and accelerator.is_main_process and cfg.saves_at(progress.step):
                 save_checkpoint(folder, model, name, optimizer, progress, cfg, items)
             if on_step is not None:
                 on_step(progress)
@@ -166,6 +163,11 @@ def _refuse_idle(att: ll.Attachment) -> None:
             f"{len(idle)} of {len(att.targets)} adapters never ran, such as {idle[0]}: the model uses that weight "
             "without calling the layer; leave it out with exclude_names"
         )
+
+
+def _show(bar: tqdm, progress: Progress) -> None:
+    bar.set_postfix_str(f"loss {progress.losses[-1]:.3f}, {progress.tokens / progress.seconds:,.0f} tokens/s")
+    bar.update()
 
 
 def _note(progress: Progress, loss: float, batch: Sequence[Encoded], seconds: float) -> None:

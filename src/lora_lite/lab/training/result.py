@@ -39,9 +39,9 @@ class DataRecord(TypedDict):
 class Asked(TypedDict):
     """All settings of a run: each method's (`described`), and the fields of its `TrainConfig` and `RunConfig`."""
 
-    methods: list[dict[str, object]]
-    training: dict[str, object]
-    run: dict[str, object]
+    methods: list[dict[str, Any]]
+    training: dict[str, Any]
+    run: dict[str, Any]
 
 
 class Summary(Asked, Provenance):
