@@ -185,7 +185,7 @@ def words() -> str:
 def is_lora(run: dict[str, Any]) -> bool:
     """Whether a run measured LoRA with one of the seeds."""
     arms = run["config"].get("methods") or [{}]
-    return run["config"]["kind"] == "seed" and [arm.get("variant", arm.get("method")) for arm in arms] == ["lora"]
+    return run["config"]["kind"] == "seed" and [arm.get("method") for arm in arms] == ["lora"]
 
 
 def demo() -> str:
@@ -194,7 +194,7 @@ def demo() -> str:
     for name in ("demo", "demo-antipasto"):
         found = result(name)
         runs.append(
-            f"`make demo METHOD={found['methods'][0]['variant']}` trains {found['trainable']:,} values and goes from "
+            f"`make demo METHOD={found['methods'][0]['method']}` trains {found['trainable']:,} values and goes from "
             f"{found['accuracy_before']:.1%} to {found['accuracy_after']:.1%} right in "
             f"{sum(found['seconds'].values()):.0f} s and {found['peak_memory_mb']:.0f} MB, with a file of "
             f"{found['adapter_bytes'] / 1e6:.1f} MB"

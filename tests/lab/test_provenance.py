@@ -28,18 +28,18 @@ def last_bit(weight: Tensor) -> None:
 @pytest.mark.parametrize("change", [negate_two, turn_over, last_bit])
 def test_the_print_of_a_base_is_moved_by_any_change(change: Callable[[Tensor], None]) -> None:
     model = make_llama()
-    first = provenance.base_print(model)
-    assert provenance.base_print(make_llama()) == first
+    first = provenance.base_fingerprint(model)
+    assert provenance.base_fingerprint(make_llama()) == first
     with torch.no_grad():
         change(model.get_parameter("model.layers.0.mlp.up_proj.weight"))
-    assert provenance.base_print(model) != first
+    assert provenance.base_fingerprint(model) != first
 
 
 def test_buffers_that_no_file_holds_are_part_of_it() -> None:
     model = make_llama()
-    first = provenance.base_print(model)
+    first = provenance.base_fingerprint(model)
     model.model.rotary_emb.inv_freq[0] += 1
-    assert "model.rotary_emb.inv_freq" not in model.state_dict() and provenance.base_print(model) != first
+    assert "model.rotary_emb.inv_freq" not in model.state_dict() and provenance.base_fingerprint(model) != first
 
 
 def test_the_commit_is_that_of_the_code_in_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Does every adapter have an effect, and does it get a true gradient? Found by running, not assumed."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,20 +10,16 @@ from torch import Tensor, nn
 
 from lora_lite.adapter import Adapter
 from lora_lite.batches import run
-from lora_lite.calibration.statistics import generator
-from lora_lite.checking.effect import turn, untouched, without_effect
+from lora_lite.checking.effect import turn, without_effect
 from lora_lite.checking.gradients import loss_of, measure
 from lora_lite.checking.layers import cut_layers
-from lora_lite.checking.report import CheckReport, Layer, cut_words
+from lora_lite.checking.passes import Layers, note_gradients, perturb, put_back, watch
+from lora_lite.checking.report import CheckReport, cut_words
 from lora_lite.errors import CheckError, StateError
 from lora_lite.runtime.skipped import EXPERT
 from lora_lite.runtime.state import State, adapters_of, refuse_merged, root_of, trained_also
 
-PERTURBATION = 1e-2
 TRAIN_PASSES = 4  # at most, for models that skip layers at random in training (layer drop)
-
-
-Layers = Mapping[str, Mapping[str, Adapter]]
 
 
 def check(model: nn.Module, batches: Iterable[Any]) -> CheckReport:
@@ -40,8 +35,7 @@ def check(model: nn.Module, batches: Iterable[Any]) -> CheckReport:
 
     Args:
         model: the model, or a wrapper of it (DDP: gradients are compared across processes).
-        batches: one or a few batches, as for `attach`; the loss is the model's own `loss` if its output has one, else a
-            random projection of its outputs.
+        batches: a few, as for `attach`; the loss is the output's own `loss` if it has one, else a random projection.
 
     Raises:
         CheckError: an adapter that never ran, ran in one mode only, got no gradient or one that is zero or not finite,
@@ -61,15 +55,13 @@ def check(model: nn.Module, batches: Iterable[Any]) -> CheckReport:
             "offloading"
         )
     adapters = {name: adapters_of(root, name) for name in state.adapters}
-    report = CheckReport({name: {path: Layer() for path in layers} for name, layers in adapters.items()}, [])
     own = [p for layers in adapters.values() for adapter in layers.values() for p in adapter.parameters()]
     also = [p for name in state.adapters for p in trained_also(root, name).values() if p.requires_grad]
-    with _put_back(model, [*own, *also]), _watch(adapters, report):
-        for index, p in enumerate(own):  # frozen ones too, which may hold their start
-            _perturb(p, index)
+    with put_back(model, [*own, *also]), watch(adapters) as report:
+        perturb(own)  # frozen ones too, which may hold their start
         trains = bool(also) or any(p.requires_grad for p in own)
         _run_all(model, state, batches, report, trains)
-        _note_gradients(report, adapters)
+        note_gradients(report, adapters)
         model.eval()
         effect, independent = turn(model, batches[0])
         report = replace(report, effect=effect, rows_independent=independent, cut_layers=cut_layers(model))
@@ -94,75 +86,6 @@ def _run_all(model: nn.Module, state: State, batches: Sequence[Any], report: Che
                     loss_of(output).backward()
             if all(mode in layer.modes for layers in report.layers.values() for layer in layers.values()):
                 break
-
-
-@contextmanager
-def _put_back(model: nn.Module, moved: Sequence[Tensor]) -> Iterator[None]:
-    """Put back, at the end, all that a forward and backward pass moves: bits, gradients, modes, the random state."""
-    # Running averages of norms, which train mode moves; large integer buffers are quantised weights, which it does not.
-    buffers = [b for b in model.buffers() if b.is_floating_point() or b.numel() == 1]
-    kept = [(tensor, tensor.detach().clone()) for tensor in [*moved, *buffers]]
-    grads = [(p, p.grad) for p in model.parameters() if p.requires_grad]
-    modes = {module: module.training for module in model.modules()}
-    try:
-        for p, _ in grads:
-            p.grad = None  # else backward would add to the very tensor that is put back
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            yield
-    finally:
-        with torch.no_grad():
-            for tensor, bits in kept:
-                tensor.copy_(bits)
-        for p, grad in grads:
-            p.grad = grad
-        for module, mode in modes.items():
-            module.training = mode
-
-
-@contextmanager
-def _watch(adapters: Layers, report: CheckReport) -> Iterator[None]:
-    """Count, in the report, the calls of each adapter."""
-    handles = [
-        adapter.register_forward_hook(_counting(report.layers[name][path]))
-        for name, layers in adapters.items()
-        for path, adapter in layers.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _counting(layer: Layer) -> Any:
-    def hook(adapter: nn.Module, args: Any, output: Any) -> None:
-        layer.calls += 1
-        if not layer.moves:
-            given = untouched(args)
-            layer.moves = not torch.equal(output.detach(), given.detach().to(output.device))
-        layer.modes.add(adapter.training)
-
-    return hook
-
-
-@torch.no_grad()
-def _perturb(p: Tensor, index: int) -> None:
-    noise = torch.randn(p.shape, generator=generator(index, "check"), dtype=torch.float32, device="cpu").to(
-        p.device, p.dtype
-    )
-    p.add_(noise * PERTURBATION * p.abs().mean().clamp(min=1.0))
-
-
-def _note_gradients(report: CheckReport, adapters: Layers) -> None:
-    for name, layers in adapters.items():
-        for path, adapter in layers.items():
-            for key, p in adapter.named_parameters():
-                if not p.requires_grad:  # frozen by its user, beside others that are trained
-                    continue
-                norm = float("nan") if p.grad is None else float(p.grad.norm())
-                report.layers[name][path].grad_norms[key] = norm
-            if report.layers[name][path].calls == 0 and EXPERT.search(path):
-                report.idle_experts.append(path)
 
 
 def _whole(adapters: Layers) -> list[Tensor]:

@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +32,13 @@ def device_name(device: torch.device) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that a result depends on, of those installed."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 @functools.cache
@@ -62,7 +62,21 @@ def _git(folder: Path, *arguments: str) -> str:
     return done.stdout.strip()
 
 
-def provenance(device: torch.device) -> dict[str, Any]:
+class Provenance(TypedDict):
+    """Where a result comes from.
+
+    commit: of the library's checkout, None where it is none. versions: of Python and of packages. device: the GPU or
+    the processor. threads: of torch. system: as "Linux x86_64".
+    """
+
+    commit: str | None
+    versions: dict[str, str]
+    device: str
+    threads: int
+    system: str
+
+
+def provenance(device: torch.device) -> Provenance:
     """What to write beside a result."""
     return {
         "commit": commit(),
@@ -73,24 +87,24 @@ def provenance(device: torch.device) -> dict[str, Any]:
     }
 
 
-def where(found: Mapping[str, Any]) -> str:
+def where(origin: Mapping[str, Any]) -> str:
     """The machine of a provenance, in words."""
-    return f"{found['device']} ({found['threads']} threads)"
+    return f"{origin['device']} ({origin['threads']} threads)"
 
 
 @torch.no_grad()
-def base_print(model: nn.Module) -> str:
+def base_fingerprint(model: nn.Module) -> str:
     """A fingerprint of the bits of every weight and buffer of a model without adapters: 16 hex digits.
 
     SHA-256, a second or two for each 10^9 bytes. A 4-bit weight that bitsandbytes has packed counts as it was before.
     """
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     tensors |= {f"{path}.weight": unpacked(layer)[0] for path, layer in model.named_modules() if is_packed(layer)}
-    lines = [f"{name} {tuple(tensors[name].shape)} {tensor_print(tensors[name])}\n" for name in sorted(tensors)]
+    lines = [f"{name} {tuple(tensors[name].shape)} {tensor_fingerprint(tensors[name])}\n" for name in sorted(tensors)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
 
 
-def tensor_print(tensor: Tensor) -> str:
+def tensor_fingerprint(tensor: Tensor) -> str:
     """SHA-256 of a tensor's dtype and bits."""
     digest = hashlib.sha256(str(tensor.dtype).encode())
     for flat in stored_bytes(tensor):

@@ -42,7 +42,7 @@ def test_train_measures_saves_and_ends_with_json(method: str, folder: Path, caps
     printed = capsys.readouterr().out.strip().splitlines()
     summary = json.loads(printed[-1])
     assert 0 <= summary["accuracy_before"] <= 1 and 0 <= summary["accuracy_after"] <= 1
-    assert summary["methods"][0]["variant"] == method and summary["reloaded_answers_compared"] == 2
+    assert summary["methods"][0]["method"] == method and summary["reloaded_answers_compared"] == 2
     assert summary["training"]["lr"] == ll.methods()[method].facts.lr
     result = json.loads((folder / "out" / "result.json").read_text())
     assert len(result["losses"]) == 3 and len(result["after"]) == 4
@@ -108,7 +108,7 @@ def test_a_finished_run_is_told_again_and_no_other(folder: Path, capsys: pytest.
     assert first[first.index("held-out items") :].splitlines()[-20:-1] == again.out.splitlines()[-20:-1]
     for other, words in (
         (["--steps", "4", "lora"], "training.steps: 3 there, 4 now"), (["lora", "--r", "2"], "r: 8 there, 2 now"),
-        (["dora"], "methods.0.variant: 'lora' there, 'dora' now"),
+        (["dora"], "methods.0.method: 'lora' there, 'dora' now"),
     ):  # fmt: skip
         assert train(folder, "--resume", *other) == 1
         told = capsys.readouterr().err

@@ -28,6 +28,7 @@ from lora_lite.lab.costs.measure import (
     twin_tree,
 )
 from lora_lite.lab.findings.findings import Cost
+from lora_lite.lab.models.base import Base
 from lora_lite.lab.numerals import Interval
 
 CPU = torch.device("cpu")
@@ -169,7 +170,7 @@ def test_a_peak_is_that_of_the_step_and_not_of_what_came_before() -> None:
 @pytest.mark.parametrize("quantization", ["none", "4bit"])
 def test_an_arm_measured_from_end_to_end(folder: str, quantization: str) -> None:
     ballast = torch.ones(2**30 // 2)  # 2 GB here, which must not show in the children's peaks
-    row = measured_costs(folder, [ll.EVAConfig(r=2)], torch.float32, quantization, SMALL)
+    row = measured_costs(Base(folder, torch.float32, CPU, quantization), [ll.EVAConfig(r=2)], SMALL)
     assert json.loads(json.dumps(row)) == row
     assert 50 < row["base_peak_memory_mb"] < 1900 and 50 < row["peak_memory_mb"] < 1900, ballast.nbytes
     shapes = shape_costs(make_llama(), {"eva": [ll.EVAConfig(r=2)]})["eva"]
@@ -184,7 +185,8 @@ def test_an_arm_measured_from_end_to_end(folder: str, quantization: str) -> None
 
 @pytest.mark.slow
 def test_a_method_that_is_not_trained_has_no_step(folder: str) -> None:
-    rows: Any = costs(folder, {"sspace": [ll.SSpaceConfig()], "pissa": [ll.PiSSAConfig(r=99)]}, workload=SMALL)
+    arms = {"sspace": [ll.SSpaceConfig()], "pissa": [ll.PiSSAConfig(r=99)]}
+    rows: Any = costs(Base(folder, torch.float32, CPU), arms, workload=SMALL)
     assert rows["sspace"]["forward"]["mean"] > 0 and "step" not in rows["sspace"]
     assert rows["sspace"]["peak_memory_mb"] is None and "r = 99" in rows["pissa"]["error"]
 
@@ -192,7 +194,7 @@ def test_a_method_that_is_not_trained_has_no_step(folder: str) -> None:
 @pytest.mark.slow
 def test_a_child_that_fails_says_why(tmp_path: Path) -> None:
     with pytest.raises(MeasureError, match=r"ended with code 1: .*(nowhere|To fix it)"):
-        child_peak(str(tmp_path / "nowhere"), torch.float32, "none", SMALL, "cpu", None)
+        child_peak(Base(str(tmp_path / "nowhere"), torch.float32, CPU), SMALL)
 
 
 @pytest.mark.slow

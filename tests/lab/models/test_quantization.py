@@ -15,7 +15,7 @@ import lora_lite as ll
 from lab_helpers import make_llama, save_tiny
 from lora_lite.lab.findings.analysis import analyse
 from lora_lite.lab.models.load import ModelError, load_model
-from lora_lite.lab.provenance import base_print
+from lora_lite.lab.provenance import base_fingerprint
 from lora_lite.lab.studies.bench import run_study
 from lora_lite.lab.studies.study import Study
 from lora_lite.lab.training.evaluate import generate
@@ -99,21 +99,21 @@ def test_a_study_on_a_quantised_base(quantization: str, tmp_path: Path) -> None:
 def test_the_print_of_a_quantised_base_follows_its_bits() -> None:
     model = make_llama()
     quantize_(model, Int8WeightOnlyConfig())
-    first = base_print(model)
-    assert base_print(model) == first
+    first = base_fingerprint(model)
+    assert base_fingerprint(model) == first
     weight = model.model.layers[0].mlp.up_proj.weight
     with torch.no_grad():
         weight.qdata[0, 0] ^= 1
-    assert base_print(model) != first
+    assert base_fingerprint(model) != first
 
 
 def test_the_print_of_a_base_is_the_same_once_bitsandbytes_has_packed_it() -> None:
     """As it does on some processors, in the first eval forward."""
     layer = Linear4bit(128, 64, quant_type="nf4").to("cpu")
     model = torch.nn.Sequential(layer)
-    first = base_print(model)
+    first = base_fingerprint(model)
     layer.weight.data, _ = _convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
-    assert base_print(model) == first
+    assert base_fingerprint(model) == first
 
 
 @pytest.mark.parametrize("keep", [False, True], ids=["for good", "for a while"])

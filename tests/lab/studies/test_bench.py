@@ -92,7 +92,7 @@ def test_before_is_measured_without_any_adapter(model: str, tmp_path: Path) -> N
     base = analyse(tmp_path).base
     assert base is not None and base.validation_loss is not None
     opened = bench.open_workbench(study)
-    assert not any(isinstance(module, ll.Adapter) for module in opened.model.modules())
+    assert not any(isinstance(module, ll.Adapter) for module in opened.session.model.modules())
     assert base.validation_loss.mean == opened.losses(forgetting=False)["validation"]
 
 

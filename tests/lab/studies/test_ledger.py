@@ -97,7 +97,7 @@ def test_publish_replaces_or_refuses(tmp_path: Path) -> None:
 
 def test_all_runs_as_one_table(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
-    ledger.write({**CONFIG, "methods": [{"variant": "lora"}]}, DONE, {"accuracy": 0.5, "curve": [1, 2]})
+    ledger.write({**CONFIG, "methods": [{"method": "lora"}]}, DONE, {"accuracy": 0.5, "curve": [1, 2]})
     ledger.write({"kind": "base"}, FAILED, {"reason": "tab\there"})
     lines = ledger.tsv().splitlines()
     assert len(lines) == 3 and "config.training.lr" in lines[0].split("\t") and "curve" not in lines[0]

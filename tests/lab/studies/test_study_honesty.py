@@ -12,8 +12,9 @@ from lora_lite.lab.commands import commands
 from lora_lite.lab.costs.measure import MeasureError
 from lora_lite.lab.findings.analysis import analyse
 from lora_lite.lab.findings.caveats import caveats
+from lora_lite.lab.models import base
 from lora_lite.lab.shared_flags import Shared
-from lora_lite.lab.studies import bench, workbench
+from lora_lite.lab.studies import bench
 from lora_lite.lab.studies.ledger import DONE, Ledger
 from lora_lite.lab.studies.study import StudyError
 from lora_lite.lab.studies.workbench import Workbench
@@ -24,7 +25,7 @@ def test_one_seed_decides_nothing(model: str, tmp_path: Path) -> None:
     for record in list(ledger.records()):  # as if every reply of lora were right, and none of ia3
         if record["config"]["kind"] == "seed":
             (ledger.runs / f"{record['id']}.json").unlink()
-            share = float(record["config"]["methods"][0]["variant"] == "lora")
+            share = float(record["config"]["methods"][0]["method"] == "lora")
             found = {key: value for key, value in record.items() if key not in ("id", "status", "config", "digest")}
             ledger.write(record["config"], DONE, {**found, "accuracy": share, "scores": [share] * 6})
     two = {arm.arm: arm for arm in analyse(tmp_path).arms}
@@ -85,15 +86,15 @@ def test_costs_wait_for_all_other_runs_and_for_each_other(model: str, tmp_path: 
 
 def test_the_old_model_is_let_go_before_a_new_one_is_read(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = bench.open_workbench(small(model))
-    old = weakref.ref(opened.model)
-    load = workbench.load_model
+    old = weakref.ref(opened.session.model)
+    load = base.load_model
 
     def watched(*arguments: Any, **settings: Any) -> Any:
         assert old() is None
         return load(*arguments, **settings)
 
-    monkeypatch.setattr(workbench, "load_model", watched)
-    opened.reload()
+    monkeypatch.setattr(base, "load_model", watched)
+    opened.session.reload()
     opened.require_base()
 
 

@@ -16,11 +16,11 @@ import training_runs
 from lab_helpers import make_llama
 from lora_lite.lab.errors import RunError
 from lora_lite.lab.folders import make_folder
+from lora_lite.lab.locks import hold
 from lora_lite.lab.models.devices import pick_device
 from lora_lite.lab.training import checkpoints
 from lora_lite.lab.training.checkpoints import CheckpointWriteError, last_checkpoint
 from lora_lite.lab.training.config import RunConfig
-from lora_lite.lab.training.locks import hold
 from lora_lite.lab.training.loop import train
 from lora_lite.lab.training.place import Place
 from lora_lite.lab.training.progress import TrainConfig
@@ -63,7 +63,7 @@ def test_which_folders_a_run_may_use(there: tuple[str, ...], flags: dict, words:
 def test_a_lock_is_free_when_its_process_is_killed(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     source = (
-        "import sys, time, pathlib; from lora_lite.lab.training.locks import hold\n"
+        "import sys, time, pathlib; from lora_lite.lab.locks import hold\n"
         "with hold(pathlib.Path(sys.argv[1])) as holder:\n    print(repr(holder), flush=True); time.sleep(600)\n"
     )
     other = subprocess.Popen([sys.executable, "-c", source, str(path)], stdout=subprocess.PIPE, text=True)

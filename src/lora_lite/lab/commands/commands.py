@@ -12,7 +12,7 @@ from lora_lite.lab import terminal
 from lora_lite.lab.commands import flags
 from lora_lite.lab.costs.cost import cost_table, costs
 from lora_lite.lab.findings.analysis import analyse
-from lora_lite.lab.models.devices import pick_device, pick_dtype
+from lora_lite.lab.models.base import Base
 from lora_lite.lab.probe.probe import probe
 from lora_lite.lab.report import tables
 from lora_lite.lab.report.page import write_page
@@ -39,13 +39,14 @@ def train(arguments: Sequence[str], shared: Shared) -> int:
     """Fine-tune, and measure before and after; or probe."""
     run, method, training = flags.parse(arguments)
     if run.probe:
-        found = probe(run, method, training)
-        terminal.console().print(found.table())
-        shared.say(found.summary())
-        return 0 if found.ok else 1
+        measured = probe(run, method, training)
+        terminal.console().print(measured.table())
+        shared.say(measured.summary())
+        return 0 if measured.ok else 1
     result = finetune(run, method, training)
     reports.show(result)
-    terminal.line(terminal.console(), f"all that was measured: {Path(result.summary['run']['out']) / 'result.json'}")
+    out = result.summary["run"]["out"]
+    terminal.line(terminal.console(), f"all that was measured: {Path(out) / 'result.json'}")
     shared.say(result.summary)
     return 0
 
@@ -92,10 +93,10 @@ STUDY = (
 
 def bench(arguments: Sequence[str], shared: Shared) -> int:
     """Compare."""
-    found = tyro.cli(BenchFlags, args=list(arguments), prog="lora-lite bench", description=BENCH, config=STYLE)
+    asked = tyro.cli(BenchFlags, args=list(arguments), prog="lora-lite bench", description=BENCH, config=STYLE)
     if not any(word.split("=")[0] in ("--task", "--study.task") for word in arguments):
         argparse.ArgumentParser(prog="lora-lite bench").error(f"nothing says what to compare on: give --task {TASKS}")
-    return compare(found, shared.command("bench", arguments), shared)
+    return compare(asked, shared.command("bench", arguments), shared)
 
 
 def study(arguments: Sequence[str], shared: Shared) -> int:
@@ -111,10 +112,10 @@ def study(arguments: Sequence[str], shared: Shared) -> int:
         print(f"{usage}\n\n{lines}")
         return 0 if {"-h", "--help"} & set(rest) else 2
     default = BenchFlags(load_study(known.name, known.smoke))
-    found = tyro.cli(
+    asked = tyro.cli(
         BenchFlags, args=rest, default=default, prog=f"lora-lite study {known.name}", description=STUDY, config=STYLE
     )
-    return compare(found, shared.command("study", arguments), shared)
+    return compare(asked, shared.command("study", arguments), shared)
 
 
 def compare(asked: BenchFlags, command: str, shared: Shared) -> int:
@@ -171,10 +172,10 @@ def report(arguments: Sequence[str], shared: Shared) -> int:
         "One self-contained page (index.html) and pictures (PNG) of a bench or study, in its folder, and its table. "
     )
     about += EVERYWHERE
-    found = tyro.cli(ReportFlags, args=list(arguments), prog="lora-lite report", description=about, config=STYLE)
-    show(expanded(found.results), True, shared)
-    if found.tsv:
-        write_tsv(Ledger(expanded(found.results)), found.tsv)
+    asked = tyro.cli(ReportFlags, args=list(arguments), prog="lora-lite report", description=about, config=STYLE)
+    show(expanded(asked.results), True, shared)
+    if asked.tsv:
+        write_tsv(Ledger(expanded(asked.results)), asked.tsv)
     return 0
 
 
@@ -187,7 +188,7 @@ class CostFlags:
         model: "smollm2" (embedded), a hub id or a local folder.
         quantization: of the base: "none", "4bit" or "8bit".
         dtype: of the base: "float32", "bfloat16" or "auto".
-        shapes: only what shapes tell: parameters, bytes and multiply-accumulates. It loads no weights.
+        shapes: only what shapes give: parameters, bytes and multiply-accumulates. It loads no weights.
         layers: indices of the layers to adapt. None: all.
         target_names: names or regexes of the layers to adapt, for methods that do not choose their own.
         target_roles: roles of the layers to adapt, for the same methods.
@@ -220,10 +221,7 @@ def cost(arguments: Sequence[str], shared: Shared) -> int:
     asked = tyro.cli(CostFlags, args=list(arguments), prog="lora-lite cost", description=COST, config=STYLE)
     targets = {key: getattr(asked, key) for key in ("methods", "layers", "target_names", "target_roles")}
     arms = {arm.name: list(arm.configs) for arm in Study(**targets).arms()}
-    dtype = pick_dtype(asked.dtype, pick_device(None))
-    found = costs(
-        asked.model, arms, dtype, asked.quantization, not asked.shapes, trust_remote_code=asked.trust_remote_code
-    )
-    terminal.console().print(cost_table(found))
-    shared.say(found)
+    rows = costs(Base.of(asked), arms, not asked.shapes)
+    terminal.console().print(cost_table(rows))
+    shared.say(rows)
     return 0

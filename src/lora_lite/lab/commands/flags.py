@@ -64,7 +64,7 @@ def parse(arguments: Sequence[str]) -> tuple[RunConfig, AdapterConfig, TrainConf
     style = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs)
     description = f"{DESCRIPTION}\nPresets (--preset NAME): " + "; ".join(f"{k}: {v.about}" for k, v in PRESETS.items())
     try:
-        found: Any = tyro.cli(Train, args=rest, prog=PROG, description=description, config=style)
+        parsed: Any = tyro.cli(Train, args=rest, prog=PROG, description=description, config=style)
     except SystemExit as stopped:
         for hint in (
             hints(rest, {name: flags for name, flags in methods.items() if name == named}) if stopped.code else ()
@@ -72,30 +72,30 @@ def parse(arguments: Sequence[str]) -> tuple[RunConfig, AdapterConfig, TrainConf
             print(f"{PROG}: {hint}", file=sys.stderr)
         raise
     try:
-        method = to_config(methods, found.method, found.training.seed)
+        method = to_config(methods, parsed.method, parsed.training.seed)
     except ValueError as error:
         first.error(str(error))
-    if not (found.run.task or found.run.probe):
+    if not (parsed.run.task or parsed.run.probe):
         first.error(f"nothing says what to learn: give --preset demo, or --task {EXAMPLES}")
-    return found.run, method, found.training
+    return parsed.run, method, parsed.training
 
 
 def hints(arguments: Sequence[str], methods: Mapping[str, type]) -> list[str]:
     """What may have been meant by flags and methods that do not exist, a line each."""
     classes = (RunConfig, TrainConfig, *methods.values())
     known = [field.name for flags in classes for field in dataclasses.fields(flags)]
-    found = []
+    lines = []
     for word in arguments:
         name = word.split("=")[0].lstrip("-").replace("-", "_")
         if word.startswith("--") and name.removeprefix("no_") not in known and (hint := advice(name, known, "--{}")):
-            found.append(f"there is no {word.split('=')[0]}; {hint}")
+            lines.append(f"there is no {word.split('=')[0]}; {hint}")
     if not any(word in ll.methods() for word in arguments):
         for word in arguments:
             near = difflib.get_close_matches(word, ll.methods(), n=3)
             near.sort(key=lambda name: sorted(name) != sorted(word))  # letters that changed places come first
             if near and not word.startswith("-"):
-                found.append(f"there is no method {word!r}; did you mean {near[0]}?")
-    return found
+                lines.append(f"there is no method {word!r}; did you mean {near[0]}?")
+    return lines
 
 
 def to_config(methods: Mapping[str, type], values: Any, seed: int) -> AdapterConfig:

@@ -1,6 +1,7 @@
 """What methods cost: what shapes give (parameters, bytes, multiply-accumulates), and what a clock and a meter show.
 
-rows = costs("smollm2", {"lora": [ll.LoRAConfig()], "dora": [ll.DoRAConfig()]}, torch.float32, measure=False)
+base = Base("smollm2", torch.float32, torch.device("cpu"))
+rows = costs(base, {"lora": [ll.LoRAConfig()], "dora": [ll.DoRAConfig()]}, measure=False)
 print(rows["lora"]["trainable"])
 """
 
@@ -9,7 +10,7 @@ import functools
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.table import Table
@@ -26,6 +27,8 @@ from lora_lite.frozen_basis.rebuild import PROBES
 from lora_lite.lab import terminal
 from lora_lite.lab.costs.macs import added_macs, base_macs
 from lora_lite.lab.costs.measure import Workload, measure_arm
+from lora_lite.lab.costs.rows import BaseCost, CostRow, Misfit, Row, ShapeCost, Span
+from lora_lite.lab.models.base import Base
 from lora_lite.lab.models.load import model_config
 from lora_lite.lab.numerals import size
 from lora_lite.layers.linear import bias, shape
@@ -33,58 +36,37 @@ from lora_lite.layers.targets import select
 from lora_lite.registry import method_of
 
 Arms = Mapping[str, Sequence[AdapterConfig]]
-Row = dict[str, Any]
 
 
-def costs(
-    model: str,
-    arms: Arms,
-    dtype: torch.dtype = torch.float32,
-    quantization: str = "none",
-    measure: bool = True,
-    workload: Workload | None = None,
-    device: str | None = None,
-    trust_remote_code: bool = False,
-) -> dict[str, Row]:
-    """What each arm costs on a model: the fields of `findings.Cost`, as plain data for JSON, and what they hold for.
+def costs(base: Base, arms: Arms, measure: bool = True, workload: Workload | None = None) -> dict[str, Row]:
+    """What each arm costs on a base, as plain data for JSON.
 
     An arm that does not fit the model gets a row with its "error" alone, and the others go on.
 
     Args:
-        model: "smollm2", a hub id or a local folder. Without `measure` only its configuration is read.
+        base: the model. Without `measure` only its configuration is read.
         arms: name -> configs (several for methods that share a file).
-        dtype, quantization: of the base, as for `load_model`.
         measure: run the arms, one after the other. False: what shapes give, in seconds, for models of any size.
         workload: the batch and the number of rounds. None: the defaults of `Workload`.
-        device: where to measure. None: the GPU if there is one.
-        trust_remote_code: as for `load_model`.
 
     Raises:
         ModelError: the model, or its configuration, cannot be read.
     """
-    rows = shape_costs(model_config(model, trust_remote_code), arms, trust_remote_code)
-    fitting = [name for name, row in rows.items() if "error" not in row] if measure else []
-    for name in tqdm(fitting, desc="costs", unit="arm", disable=not measure):
-        try:
-            rows[name] |= measure_arm(model, arms[name], dtype, quantization, workload, device, trust_remote_code)
-        except (LoraLiteError, ValueError) as error:
-            rows[name] = _failure(error)
+    rows = shape_costs(model_config(base.model, base.trust_remote_code), arms, base.trust_remote_code)
+    for name, row in tqdm(rows.items(), desc="costs", unit="arm", disable=not measure):
+        if measure and "error" not in row:
+            try:
+                rows[name] = {**row, **measure_arm(base, arms[name], workload)}
+            except (LoraLiteError, ValueError) as error:
+                rows[name] = _misfit(error)
     return rows
 
 
-def measured_costs(
-    model: str,
-    configs: Sequence[AdapterConfig],
-    dtype: torch.dtype = torch.float32,
-    quantization: str = "none",
-    workload: Workload | None = None,
-    device: str | None = None,
-    trust_remote_code: bool = False,
-) -> Row:
+def measured_costs(base: Base, configs: Sequence[AdapterConfig], workload: Workload | None = None) -> CostRow:
     """The row of one arm, as `costs` gives it; an arm that does not fit the model raises what `attach` does."""
-    meta = _on_meta(model_config(model, trust_remote_code), trust_remote_code)
-    measured = measure_arm(model, configs, dtype, quantization, workload, device, trust_remote_code)
-    return shape_cost(meta, configs) | base_cost(meta) | measured
+    meta = _on_meta(model_config(base.model, base.trust_remote_code), base.trust_remote_code)
+    measured = measure_arm(base, configs, workload)
+    return {**shape_cost(meta, configs), **base_cost(meta), **measured}
 
 
 def shape_costs(
@@ -96,16 +78,16 @@ def shape_costs(
     """
     meta = _on_meta(model if isinstance(model, PreTrainedConfig) else model.config, trust_remote_code)
     rows: dict[str, Row] = {}
-    base = base_cost(meta)
+    of_base = base_cost(meta)
     for name, configs in arms.items():
         try:
-            rows[name] = shape_cost(meta, configs) | base
+            rows[name] = {**shape_cost(meta, configs), **of_base}
         except (LoraLiteError, ValueError) as error:
-            rows[name] = _failure(error)
+            rows[name] = _misfit(error)
     return rows
 
 
-def _failure(error: Exception) -> Row:
+def _misfit(error: Exception) -> Misfit:
     return {"error": f"{type(error).__name__}: {error}"}
 
 
@@ -122,13 +104,11 @@ def _on_meta(config: PreTrainedConfig, trust_remote_code: bool) -> PreTrainedMod
         ).eval()
 
 
-def shape_cost(model: PreTrainedModel, configs: Sequence[AdapterConfig]) -> Row:
+def shape_cost(model: PreTrainedModel, configs: Sequence[AdapterConfig]) -> ShapeCost:
     """What shapes give for one arm on a model on the meta device.
 
-    Returns: trainable; targets (number of adapted layers); stored_bytes (of the tensors in the file, with the sketches
-    of the base; 128 bytes for each further parameter of the base, names and settings come on top);
-    stored_bytes_without_basis (the same for `save(..., basis=False)`; None where that is refused, or there is no
-    basis); macs_token, macs_step (see `added_macs`, summed over the targets).
+    stored_bytes: of the tensors in the file, with the sketches of the base; 128 bytes for each further parameter of the
+    base, names and settings come on top. Multiply-accumulates: see `added_macs`, summed over the targets.
 
     A method that plans its layers from data is taken at its config instead: EVA with rho > 1 moves ranks between layers
     and keeps their mean, so its sums hold where the layers have equal shapes and are near elsewhere.
@@ -137,28 +117,33 @@ def shape_cost(model: PreTrainedModel, configs: Sequence[AdapterConfig]) -> Row:
         TargetError: no target, targets that overlap, or a config that does not fit a layer.
     """
     planned, layers = _planned(model, configs), dict(model.named_modules())
-    row: Row = dict.fromkeys(("trainable", "stored_bytes", "stored_bytes_without_basis", "macs_token", "macs_step"), 0)
+    trainable = stored = bare = macs_token = macs_step = 0
     for path, cfg in planned.items():
         layer = layers[path]
         i, o = shape(layer)
         try:
-            trained, stored, bare = _size(cfg, i, o)
+            size = _size(cfg, i, o)
             macs = added_macs(cfg, i, o, bias(layer) is not None)
         except ValueError as error:
             raise TargetError(f"{path}: {error}") from error
         sketch = 4 * min(o, SKETCH_ROWS)
-        row["trainable"] += trained
-        row["stored_bytes"] += stored + sketch
-        row["stored_bytes_without_basis"] += bare + sketch
-        row["macs_token"] += macs.token
-        row["macs_step"] += macs.step
-    if not any(map(_rebuildable, set(planned.values()))):
-        row["stored_bytes_without_basis"] = None
-    return {**row, "targets": len(planned)}
+        trainable += size.trained
+        stored += size.stored + sketch
+        bare += size.bare + sketch
+        macs_token += macs.token
+        macs_step += macs.step
+    return {
+        "trainable": trainable,
+        "targets": len(planned),
+        "stored_bytes": stored,
+        "stored_bytes_without_basis": bare if any(map(_rebuildable, set(planned.values()))) else None,
+        "macs_token": macs_token,
+        "macs_step": macs_step,
+    }
 
 
-def base_cost(model: PreTrainedModel) -> Row:
-    """What shapes give for the base: base_macs_token (see `base_macs`) and base_parameters."""
+def base_cost(model: PreTrainedModel) -> BaseCost:
+    """What shapes give for the base: see `base_macs`."""
     return {"base_macs_token": base_macs(model), "base_parameters": sum(p.numel() for p in model.parameters())}
 
 
@@ -174,25 +159,32 @@ def _planned(model: nn.Module, configs: Sequence[AdapterConfig]) -> dict[str, Ad
     return planned
 
 
-@functools.cache
-def _size(cfg: AdapterConfig, i: int, o: int) -> tuple[int, int, int]:
+class Size(NamedTuple):
     """Trained values of an adapter, and the bytes of its tensors in a file with and without its basis."""
+
+    trained: int
+    stored: int
+    bare: int
+
+
+@functools.cache
+def _size(cfg: AdapterConfig, i: int, o: int) -> Size:
     with torch.device("meta"):
         adapter: Adapter = method_of(cfg)(cfg, i, o)  # type: ignore[call-arg]
     state = adapter.state_dict()
     saved = sum(state[key].nbytes - 4 * (1 + PROBES) * state[key].shape[1] for key in adapter.rebuildable)
     stored = sum(tensor.nbytes for tensor in state.values())
-    return sum(p.numel() for p in adapter.parameters()), stored, stored - saved
+    return Size(sum(p.numel() for p in adapter.parameters()), stored, stored - saved)
 
 
 def _rebuildable(cfg: AdapterConfig) -> bool:
     """Whether `save(..., basis=False)` takes the config's basis: asked of it, on a small layer."""
     basis = getattr(cfg, "basis", None)
-    return basis is not None and bool(method_of(cfg).rebuildable) and _told_by_weights(basis)
+    return basis is not None and bool(method_of(cfg).rebuildable) and _follows_from_weights(basis)
 
 
 @functools.cache
-def _told_by_weights(basis: ll.Basis) -> bool:
+def _follows_from_weights(basis: ll.Basis) -> bool:
     i, o = 12, 8
     rng = torch.Generator().manual_seed(0)
     model = nn.Sequential(nn.utils.skip_init(nn.Linear, i, o, bias=False))
@@ -230,22 +222,22 @@ def cost_table(rows: Mapping[str, Row]) -> Table:
         name: {"": f"does not fit: {row['error']}"} if "error" in row else {k: f(row) for k, f in columns.items()}
         for name, row in rows.items()
     }
-    kept = [title for title in columns if any(found.get(title) for found in cells.values())]
+    kept = [title for title in columns if any(line.get(title) for line in cells.values())]
     table = terminal.table("costs", "\n".join(_captions(cells)))
     terminal.column(table, "method")
     for title in kept:
         terminal.column(table, title, right=True)
-    for name, found in cells.items():
-        terminal.row(table, [name, *([found[title] for title in kept] if "" not in found else [])])
+    for name, line in cells.items():
+        terminal.row(table, [name, *([line[title] for title in kept] if "" not in line else [])])
     return table
 
 
 def _captions(cells: Mapping[str, Mapping[str, str]]) -> Iterable[str]:
     yield "MACs: multiply-accumulates added to the base's (and as a share of them)"
-    if any(found.get("forward") for found in cells.values()):
+    if any(line.get("forward") for line in cells.values()):
         yield "forward, step: time over the frozen base's, median [quartiles]"
         yield "attach: calibration + factorisation + build"
-    yield from (f"{name}: {found['']}" for name, found in cells.items() if "" in found)
+    yield from (f"{name}: {line['']}" for name, line in cells.items() if "" in line)
 
 
 def _maybe(value: Any, show: Any) -> str:
@@ -256,7 +248,7 @@ def _macs(added: int, base: int | None) -> str:
     return f"{added:,} ({added / base:.2%})" if base else f"{added:,}"
 
 
-def _ratio(span: Mapping[str, float]) -> str:
+def _ratio(span: Span) -> str:
     return f"{span['mean']:.2f} [{span['low']:.2f}, {span['high']:.2f}]"
 
 

@@ -28,8 +28,8 @@ from transformers import PreTrainedModel
 import lora_lite as ll
 from lora_lite.batches import eval_mode
 from lora_lite.errors import LoraLiteError
-from lora_lite.lab.models.devices import pick_device
-from lora_lite.lab.models.load import load_model
+from lora_lite.lab.costs.rows import ArmCost, MeasuredWith, Span, Times
+from lora_lite.lab.models.base import Base
 from lora_lite.lab.provenance import provenance
 from lora_lite.registry import method_of
 from lora_lite.runtime.attach_cost import peak_memory_mb
@@ -77,16 +77,8 @@ class Workload:
         return batches[::2] if needs else None
 
 
-def measure_arm(
-    model: str,
-    configs: Sequence[ll.AdapterConfig],
-    dtype: torch.dtype,
-    quantization: str = "none",
-    workload: Workload | None = None,
-    device: str | None = None,
-    trust_remote_code: bool = False,
-) -> dict[str, Any]:
-    """Attach, time, save, load, and meter one arm beside the frozen base; plain data with the fields of `Cost`.
+def measure_arm(base: Base, configs: Sequence[ll.AdapterConfig], workload: Workload | None = None) -> ArmCost:
+    """Attach, time, save, load, and meter one arm beside the frozen base.
 
     Base and arm are two trees of modules over the same weights, in one process, and take turns; each round gives a
     ratio, whose median and quartiles are reported. "forward": without gradients, in eval mode. "step": forward and
@@ -98,28 +90,38 @@ def measure_arm(
     Raises:
         ModelError, TargetError, CalibrationError: as `load_model` and `attach` say. MeasureError: no memory figure.
     """
-    where, workload = pick_device(device), workload or Workload()
-    base, _ = load_model(model, dtype, where, quantization=quantization, trust_remote_code=trust_remote_code)
-    arm = twin_tree(base)
+    workload = workload or Workload()
+    model, _ = base.load()
+    arm = twin_tree(model)
     att = ll.attach(arm, configs, workload.calibration(arm, configs))
-    row: dict[str, Any] = {"trainable": att.num_trainable, "targets": len(att.targets)}
-    row["attach_seconds"] = att.cost.seconds if att.cost is not None else {}
-    trained = att.num_trainable > 0
+    trainable, targets = att.num_trainable, len(att.targets)
+    attach_seconds = att.cost.seconds if att.cost is not None else {}
     with tempfile.TemporaryDirectory() as folder:
         file = ll.save(arm, Path(folder) / "adapter.safetensors")
-        row["stored_bytes"] = file.stat().st_size
-        row |= _times(base, arm, workload, trained)
+        size = file.stat().st_size
+        times = _times(model, arm, workload, trainable > 0)
         started = time.perf_counter()
-        ll.load(base, file)
-        synchronize(where)
-        row["load_seconds"] = time.perf_counter() - started
-        del base, arm, att
+        ll.load(model, file)
+        synchronize(base.device)
+        load_seconds = time.perf_counter() - started
+        del model, arm, att
         gc.collect()  # the children need the memory
-        asked = (model, dtype, quantization, workload, str(where))
-        row["base_peak_memory_mb"] = base_peak(*asked, trust_remote_code)
-        row["peak_memory_mb"] = child_peak(*asked, str(file), trust_remote_code) if trained else None
-    settings = {"dtype": str(dtype).removeprefix("torch."), "quantization": quantization, **asdict(workload)}
-    return {**row, "measured_with": {**settings, "model": model}, "provenance": provenance(where)}
+        base_memory = base_peak(base, workload)
+        memory = child_peak(base, workload, str(file)) if trainable else None
+    return {
+        "trainable": trainable,
+        "targets": targets,
+        "attach_seconds": attach_seconds,
+        "stored_bytes": size,
+        **times,
+        "load_seconds": load_seconds,
+        "base_peak_memory_mb": base_memory,
+        "peak_memory_mb": memory,
+        "measured_with": MeasuredWith(
+            model=base.model, dtype=base.dtype_name, quantization=base.quantization, **asdict(workload)
+        ),
+        "provenance": provenance(base.device),
+    }
 
 
 def twin_tree(model: PreTrainedModel) -> PreTrainedModel:
@@ -131,7 +133,7 @@ def twin_tree(model: PreTrainedModel) -> PreTrainedModel:
 # ---- time
 
 
-def _times(base: PreTrainedModel, arm: PreTrainedModel, workload: Workload, trained: bool) -> dict[str, Any]:
+def _times(base: PreTrainedModel, arm: PreTrainedModel, workload: Workload, trained: bool) -> Times:
     contestants: dict[str, Callable[[], Any]] = {
         "base forward": lambda: forward(base, ids),
         "forward": lambda: forward(arm, ids),
@@ -146,12 +148,12 @@ def _times(base: PreTrainedModel, arm: PreTrainedModel, workload: Workload, trai
         }
     ids = workload.ids(arm)
     seconds = take_turns(contestants, workload.rounds, arm.device)
-    found: dict[str, Any] = {"forward": ratio(seconds["forward"], seconds["base forward"])}
+    times: Times = {"forward": ratio(seconds["forward"], seconds["base forward"])}
     if trained:
-        found["step"] = ratio(seconds["step"], seconds["base step"])
+        times["step"] = ratio(seconds["step"], seconds["base step"])
         whole = statistics.median(map(sum, zip(seconds["step"], seconds["optimizer"], strict=True)))
-        found["tokens_per_second"] = ids.numel() / whole
-    return found
+        times["tokens_per_second"] = ids.numel() / whole
+    return times
 
 
 def take_turns(
@@ -170,8 +172,8 @@ def take_turns(
     return seconds
 
 
-def ratio(mine: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles of the rounds' ratios, under the names of `findings.Interval`."""
+def ratio(mine: Sequence[float], theirs: Sequence[float]) -> Span:
+    """Median and quartiles of the rounds' ratios."""
     ratios = [a / b for a, b in zip(mine, theirs, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
     return {"mean": middle, "low": low, "high": high}
@@ -212,22 +214,12 @@ def _step(model: PreTrainedModel, ids: Tensor, requires_grad: bool) -> None:
 
 
 @functools.cache
-def base_peak(
-    model: str, dtype: torch.dtype, quantization: str, workload: Workload, device: str, trust_remote_code: bool
-) -> float:
+def base_peak(base: Base, workload: Workload) -> float:
     """`child_peak` of the frozen base, measured once for all arms."""
-    return child_peak(model, dtype, quantization, workload, device, None, trust_remote_code)
+    return child_peak(base, workload)
 
 
-def child_peak(
-    model: str,
-    dtype: torch.dtype,
-    quantization: str,
-    workload: Workload,
-    device: str,
-    adapter: str | None,
-    trust_remote_code: bool = False,
-) -> float:
+def child_peak(base: Base, workload: Workload, adapter: str | None = None) -> float:
     """Peak memory (MB) of one training step in a fresh process, of the GPU where it runs on one.
 
     adapter: a file to load onto the base; its step is forward, backward and AdamW's. None: the base's step alone. What
@@ -235,10 +227,11 @@ def child_peak(
     again.
     """
     settings = {
-        "model": model, "dtype": str(dtype).removeprefix("torch."), "quantization": quantization, "device": device,
-        "workload": asdict(workload), "adapter": adapter, "threads": torch.get_num_threads(),
-        "trust_remote_code": trust_remote_code,
-    }  # fmt: skip
+        "base": {**asdict(base), "dtype": base.dtype_name, "device": str(base.device)},
+        "workload": asdict(workload),
+        "adapter": adapter,
+        "threads": torch.get_num_threads(),
+    }
     command = [sys.executable, "-m", "lora_lite.lab.costs.measure", json.dumps(settings)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -251,15 +244,9 @@ def main(argument: str) -> None:
     """Load, make one step, and print the peak of memory as JSON."""
     asked = json.loads(argument)
     torch.set_num_threads(asked["threads"])
-    device = torch.device(asked["device"])
-    dtype = getattr(torch, asked["dtype"])
-    model, _ = load_model(
-        asked["model"],
-        dtype,
-        device,
-        quantization=asked["quantization"],
-        trust_remote_code=asked["trust_remote_code"],
-    )
+    settings = asked["base"]
+    dtype, device = getattr(torch, settings.pop("dtype")), torch.device(settings.pop("device"))
+    model, _ = Base(dtype=dtype, device=device, **settings).load()
     ids = Workload(**asked["workload"]).ids(model)
     if asked["adapter"] is None:
         for p in model.parameters():
@@ -284,9 +271,9 @@ def step_peak(step: Callable[[], Any], device: torch.device) -> float:
     synchronize(device)
     # Not getrusage's figure on Linux: a process starts with the one of the process that started it.
     if device.type != "cuda" and STATUS.exists():
-        found = re.search(r"^VmHWM:\s+(\d+) kB", STATUS.read_text(), re.MULTILINE)
-        if found is not None:
-            return int(found[1]) * 1024 / 1e6
+        peak = re.search(r"^VmHWM:\s+(\d+) kB", STATUS.read_text(), re.MULTILINE)
+        if peak is not None:
+            return int(peak[1]) * 1024 / 1e6
     return peak_memory_mb(device)
 
 

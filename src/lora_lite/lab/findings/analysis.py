@@ -14,10 +14,9 @@ from lora_lite.lab.findings.circumstances import machines, setup
 from lora_lite.lab.findings.findings import Change, Cost, Finding, Findings, Item, Reply
 from lora_lite.lab.numerals import Interval
 from lora_lite.lab.studies.arms import BASE, Arm
-from lora_lite.lab.studies.bench import chosen_rates, read_plan
 from lora_lite.lab.studies.ledger import DONE, FAILED, Ledger, LedgerError, read_json, run_id
+from lora_lite.lab.studies.plan import chosen_rates, job_config, read_plan
 from lora_lite.lab.studies.study import Job
-from lora_lite.lab.studies.workbench import job_config
 from lora_lite.lab.training.evaluate import RIGHT
 
 EXAMPLES = 12

@@ -53,4 +53,4 @@ def _lost_shards(folder: Path, index: str, places: object) -> Iterator[str]:
     names = sorted({str(name) for name in places.values()}) if isinstance(places, dict) else []
     for name in names:
         if not (folder / name).is_file():
-            yield f"{name} is missing, of which {index} tells"
+            yield f"{name} is missing, which {index} names"

@@ -11,14 +11,14 @@ def pick_device(device: str | None) -> torch.device:
     """The device asked for, or the GPU if there is one. Raises `RunError` for one that is not here."""
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = torch.device(name)
-        torch.zeros(1, device=found).item()
+        picked = torch.device(name)
+        torch.zeros(1, device=picked).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's, of names, drivers and builds
         reason = str(error).splitlines()[0].strip() if str(error).strip() else type(error).__name__
         raise RunError(
             f"--device {name}: cannot be used here ({reason}); leave it out, or give cpu, cuda, ..."
         ) from error
-    return found
+    return picked
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

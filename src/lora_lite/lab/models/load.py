@@ -122,10 +122,10 @@ def _read_pretrained(
         read: Any = AutoModelForCausalLM.from_pretrained(  # a pair, which its type does not say
             folder, dtype=dtype, output_loading_info=True, **trust, **options
         )
-        model, found = read
+        model, loading = read
     except UNREADABLE as error:
         raise _unreadable(folder, name, error) from error
-    if missing := sorted(found["missing_keys"]):
+    if missing := sorted(loading["missing_keys"]):
         raise _unreadable(folder, name, ValueError(f"its weights lack {len(missing)} tensors, such as {missing[0]}"))
     return model, tokenizer
 

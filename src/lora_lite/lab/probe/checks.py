@@ -14,18 +14,18 @@ from transformers import PreTrainedModel
 
 import lora_lite as ll
 from lora_lite.batches import eval_mode
-from lora_lite.checking.check import EXPERT
-from lora_lite.lab.provenance import tensor_print
+from lora_lite.checking.passes import Layers, grad_norm, note_gradients, perturb, put_back, watch
+from lora_lite.lab.provenance import tensor_fingerprint
 from lora_lite.layers.linear import is_linear, is_quantized
 from lora_lite.layers.targets import select
 from lora_lite.merging.plain_weights import affine
 from lora_lite.registry import method_of
+from lora_lite.runtime.skipped import EXPERT
 
 Batch = Mapping[str, Tensor]
 Configs = Sequence[ll.AdapterConfig]
-Found = tuple[str, bool | None]
+Measured = tuple[str, bool | None]  # in words, and whether it is within its bound; None: does not apply
 
-PERTURBATION = 1e-2
 # Largest relative difference of the merged weight's output: rounding of the base's dtype, and of quantised activations.
 MERGE_BOUNDS = {torch.float32: 1e-4, torch.float64: 1e-4}
 MERGE_16_BITS, MERGE_QUANTIZED = 0.03, 0.1
@@ -49,7 +49,7 @@ class Probe:
         device = self.model.device
         self.batches = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
         self.base = self.logits(self.model)  # before the fingerprints: some layers settle their dtype when first run
-        self.prints = fingerprints(self.model)
+        self.fingerprints = fingerprints(self.model)
         self.lr = lr if lr is not None else method_of(configs[0]).facts.lr
         self.trained = all(method_of(cfg).facts.trained for cfg in configs)
         self.runs = False
@@ -58,7 +58,7 @@ class Probe:
         quantized = any(is_quantized(layer) for layer in self.model.modules() if is_linear(layer))
         self.merge_bound = MERGE_QUANTIZED if quantized else MERGE_BOUNDS.get(self.model.dtype, MERGE_16_BITS)
 
-    def checks(self) -> list[tuple[str, str, Callable[[], Found]]]:
+    def checks(self) -> list[tuple[str, str, Callable[[], Measured]]]:
         """Name, bound and function of each check."""
         allowed = f"<= {self.identity_bound:.0e} a layer" if self.identity_bound else "the base's bits"
         return [
@@ -91,69 +91,59 @@ class Probe:
         self.model.eval()
         return float(loss.detach())
 
+    @property
+    def adapters(self) -> Layers:
+        return {self.att.name: self.att.targets}
+
     def tensors(self) -> dict[str, Tensor]:
         """Every trained tensor, by name."""
-        found = {
-            f"{path}.{key}": p for path, adapter in self.att.targets.items() for key, p in adapter.named_parameters()
-        }
-        return {**found, **self.att.also}
+        layers = self.att.targets.items()
+        own = {f"{path}.{key}": p for path, adapter in layers for key, p in adapter.named_parameters()}
+        return {**own, **self.att.also}
 
     # ---- checks
 
-    def targets(self) -> Found:
+    def targets(self) -> Measured:
         wanted = {path for cfg in self.configs for path in select(self.model, cfg)}
         self.att = ll.attach(self.model, self.configs, self.data, train_also=self.also)
-        ran: set[str] = set()
-        handles = [
-            adapter.register_forward_hook(lambda *_, path=path: ran.add(path))
-            for path, adapter in self.att.targets.items()
-        ]
-        try:
+        with watch(self.adapters) as report:
             self.adapted = self.logits(self.model)
-        finally:
-            for handle in handles:
-                handle.remove()
         self.runs = True
-        idle = sorted(path for path in set(self.att.targets) - ran if not EXPERT.search(path))
+        layers = report.layers[self.att.name]
+        idle = sorted(path for path, layer in layers.items() if layer.calls == 0 and not EXPERT.search(path))
         if idle:
             return f"{len(idle)} of {len(self.att.targets)} adapters never ran, such as {idle[0]}", False
         return f"{len(wanted)} selected: {by_pattern(self.att.targets)}", set(self.att.targets) <= wanted
 
-    def identity(self) -> Found:
+    def identity(self) -> Measured:
         with ll.scale(self.model, 1.0 if self.trained else 0.0):
             error = distance(self.logits(self.model), self.base)
         if self.identity_bound == 0:
             return f"{error:.1e}", error == 0
         return f"{error:.1e}", error <= self.identity_bound * len(self.att.targets)
 
-    def effect(self) -> Found:
-        before = {key: tensor.detach().clone() for key, tensor in self.tensors().items()}
-        rng = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for tensor in self.tensors().values():
-                noise = torch.randn(tensor.shape, generator=rng).to(tensor)
-                tensor.add_(noise * PERTURBATION * tensor.abs().mean().clamp(min=1.0))
-        try:
+    def effect(self) -> Measured:
+        tensors = list(self.tensors().values())
+        with put_back(self.model, tensors), watch(self.adapters) as report:
+            perturb(tensors)
             change = distance(self.logits(self.model), self.adapted)
             self.backward(self.batches[0])
-            self.norms = {key: norm_of(tensor) for key, tensor in self.tensors().items()}
-        finally:
-            with torch.no_grad():
-                for key, tensor in self.tensors().items():
-                    tensor.copy_(before[key])
-            self.model.zero_grad(set_to_none=True)
+            note_gradients(report, self.adapters)
+            self.norms = {key: grad_norm(p) for key, p in self.att.also.items()}
+        for path, layer in report.layers[self.att.name].items():
+            self.norms |= {f"{path}.{key}": norm for key, norm in layer.grad_norms.items()}
         return f"{change:.1e} of the logits", 0 < change < float("inf")
 
-    def gradients(self) -> Found:
+    def gradients(self) -> Measured:
         if not hasattr(self, "norms"):
             return "not reached", None
         return spread({key: norm for key, norm in self.norms.items() if norm > 0 or not EXPERT.search(key)})
 
-    def check(self) -> Found:
+    def check(self) -> Measured:
         report = ll.check(self.model, self.batches[:1])
         return f"{sum(map(len, report.layers.values()))} adapters; rows independent: {report.rows_independent}", True
 
-    def movement(self) -> Found:
+    def movement(self) -> Measured:
         tensors = self.tensors()
         before = {key: tensor.detach().clone() for key, tensor in tensors.items()}
         own = {id(tensor) for tensor in tensors.values()}
@@ -168,23 +158,25 @@ class Probe:
         moved = {key: float((tensor.detach() - before[key]).abs().max()) for key, tensor in tensors.items()}
         return spread({key: size for key, size in moved.items() if size > 0 or not EXPERT.search(key)})
 
-    def base_gradients(self) -> Found:
+    def base_gradients(self) -> Measured:
         names = list(dict.fromkeys(self.touched))
         return (f"{len(names)}, such as {names[0]}" if names else "none"), not names
 
-    def bits(self) -> Found:
+    def bits(self) -> Measured:
         now = fingerprints(self.model)
-        changed = [key for key, digest in self.prints.items() if now.get(key) != digest and key not in self.att.also]
+        changed = [
+            key for key, digest in self.fingerprints.items() if now.get(key) != digest and key not in self.att.also
+        ]
         return (f"{len(changed)} changed, such as {changed[0]}" if changed else f"{len(now)} tensors"), not changed
 
-    def zero(self) -> Found:
+    def zero(self) -> Measured:
         if self.att.also:
             return "train_also changes the base by request", None
         with ll.scale(self.model, 0.0):
             error = distance(self.logits(self.model), self.base)
         return f"{error:.1e}", error == 0
 
-    def reload(self) -> Found:
+    def reload(self) -> Measured:
         trained = self.logits(self.model)
         other = self.fresh()
         with tempfile.TemporaryDirectory() as folder:
@@ -194,7 +186,7 @@ class Probe:
         error = distance(self.logits(other), trained)
         return f"{error:.1e}; a file of {size / 1e6:,.3g} MB", error == 0
 
-    def merge(self) -> Found:
+    def merge(self) -> Measured:
         if not all(method_of(cfg).facts.affine for cfg in self.configs):
             return "not affine: does not merge", None
         kinds = {pattern(path): path for path in reversed(self.att.targets)}
@@ -205,7 +197,7 @@ class Probe:
 
 def fingerprints(model: PreTrainedModel) -> dict[str, str]:
     """Fingerprints of the bits of every tensor of the base, by name."""
-    return {key: tensor_print(tensor) for key, tensor in ll.base_state_dict(model).items()}
+    return {key: tensor_fingerprint(tensor) for key, tensor in ll.base_state_dict(model).items()}
 
 
 @torch.no_grad()
@@ -221,20 +213,15 @@ def merge_error(model: PreTrainedModel, path: str) -> float:
     return float((merged - adapted).norm() / adapted.norm())
 
 
-def distance(found: Tensor, expected: Tensor) -> float:
-    """max |found - expected| / max |expected|; 0 where they are equal, infinite where not finite."""
-    if torch.equal(found, expected):
+def distance(outputs: Tensor, expected: Tensor) -> float:
+    """max |outputs - expected| / max |expected|; 0 where they are equal, infinite where not finite."""
+    if torch.equal(outputs, expected):
         return 0.0
-    change = float((found.float() - expected.float()).abs().max() / expected.float().abs().max())
+    change = float((outputs.float() - expected.float()).abs().max() / expected.float().abs().max())
     return change if change < float("inf") else float("inf")
 
 
-def norm_of(tensor: Tensor) -> float:
-    """Norm of a tensor's gradient; NaN without one."""
-    return float("nan") if tensor.grad is None else float(tensor.grad.norm())
-
-
-def spread(sizes: Mapping[str, float]) -> Found:
+def spread(sizes: Mapping[str, float]) -> Measured:
     """Smallest and largest size, or the names of those that are zero or not finite; and whether there are none."""
     bad = {key: size for key, size in sizes.items() if not 0 < size < float("inf")}
     if bad:

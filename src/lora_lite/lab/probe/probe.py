@@ -3,8 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, TypedDict
 
 from rich.table import Table
 from tqdm.auto import tqdm
@@ -12,14 +11,11 @@ from transformers import PreTrainedModel
 
 import lora_lite as ll
 from lora_lite.lab import terminal
-from lora_lite.lab.models.devices import pick_device, pick_dtype
-from lora_lite.lab.models.load import load_model
+from lora_lite.lab.models.base import Base
 from lora_lite.lab.probe.checks import Batch, Configs, Probe
-from lora_lite.lab.tasks.catalogue import load_task
 from lora_lite.lab.training.config import RunConfig
-from lora_lite.lab.training.data import collate, encode
 from lora_lite.lab.training.progress import TrainConfig
-from lora_lite.lab.training.run import calibration
+from lora_lite.lab.training.session import Session, draw
 
 STEPS = 3  # the second is the first in which all of a LoRA can move
 EXAMPLES, BATCH = 8, 2
@@ -39,6 +35,22 @@ class Check:
     @property
     def verdict(self) -> str:
         return {True: "ok", False: "FAILED", None: "-"}[self.ok]
+
+
+class CheckRecord(TypedDict):
+    """The fields of a `Check` but for its name."""
+
+    measured: str
+    bound: str
+    ok: bool | None
+
+
+class ProbeRecord(TypedDict):
+    """The last line of output. checks: by name."""
+
+    ok: bool
+    seconds: float
+    checks: dict[str, CheckRecord]
 
 
 @dataclass(frozen=True)
@@ -62,9 +74,9 @@ class ProbeReport:
             terminal.row(table, (check.name, check.measured, check.bound, check.verdict), style)
         return table
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> ProbeRecord:
         """As plain data for JSON."""
-        rows = {c.name: {"measured": c.measured, "bound": c.bound, "ok": c.ok} for c in self.checks}
+        rows = {c.name: CheckRecord(measured=c.measured, bound=c.bound, ok=c.ok) for c in self.checks}
         return {"ok": self.ok, "seconds": round(self.seconds, 1), "checks": rows}
 
 
@@ -73,26 +85,16 @@ def probe(run: RunConfig, method: ll.AdapterConfig | Configs, training: TrainCon
 
     Raises ModelError, TaskError, DataError where there is nothing to probe with; what the method does wrong is a row.
     """
-    device = pick_device(run.device)
-    dtype = pick_dtype(run.dtype, device)
-    task = load_task(run.task or TASK)
-    examples, _ = task.up_to("train", min(EXAMPLES, run.train_examples), training.seed)
-    load = partial(
-        load_model, run.model, dtype, device, quantization=run.quantization, trust_remote_code=run.trust_remote_code
-    )
-    model, tokenizer = load()
-    items, _ = encode(examples, tokenizer, run.max_length)
-    pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
-    batches = [collate(items[at : at + BATCH], pad) for at in range(0, len(items), BATCH)]
-    bases = iter([model])
-    del model
+    data = draw(run.task or TASK, {"train": min(EXAMPLES, run.train_examples)}, training.seed)
+    session = Session.open(Base.of(run, run.device), data, run.max_length)
+    copies = iter([session.model])
 
     def fresh() -> PreTrainedModel:
-        return next(bases, None) or load()[0]
+        return next(copies, None) or session.with_fresh_base().model
 
-    return probe_method(
-        fresh, method, batches, calibration(method, items, pad, BATCH), training.lr, train_also=run.train_also
-    )
+    methods = [method] if isinstance(method, ll.AdapterConfig) else list(method)
+    batches, calibration = session.batches(BATCH), session.calibration(methods, BATCH)
+    return probe_method(fresh, methods, batches, calibration, training.lr, train_also=run.train_also)
 
 
 def probe_method(
@@ -119,10 +121,10 @@ def probe_method(
     """
     started = time.perf_counter()
     configs = [method] if isinstance(method, ll.AdapterConfig) else list(method)
-    found = Probe(fresh, configs, batches, calibration_data, lr, steps, train_also)
+    measuring = Probe(fresh, configs, batches, calibration_data, lr, steps, train_also)
     checks: list[Check] = []
-    for name, bound, check in tqdm(found.checks(), desc="probe", unit="check", leave=False):
-        if checks and not found.runs:
+    for name, bound, check in tqdm(measuring.checks(), desc="probe", unit="check", leave=False):
+        if checks and not measuring.runs:
             checks.append(Check(name, NOT_REACHED, bound, None))
             continue
         try:

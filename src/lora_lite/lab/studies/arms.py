@@ -97,10 +97,10 @@ def _expand(word: str, common: Mapping[str, Any]) -> list[Arm]:
 
 
 def _part(text: str, common: Mapping[str, Any]) -> list[tuple[str, AdapterConfig]]:
-    found = re.fullmatch(r"(\w+)(?:\[(.*)\])?", text, flags=re.DOTALL)
-    if found is None:
+    matched = re.fullmatch(r"(\w+)(?:\[(.*)\])?", text, flags=re.DOTALL)
+    if matched is None:
         raise ArmError(f"{text!r} is not a method, or a method with settings such as lora[r=4,8]")
-    name, settings = found[1], _settings(found[2] or "", text)
+    name, settings = matched[1], _settings(matched[2] or "", text)
     cls = ll.methods().get(name)
     if cls is None or not cls.facts.trained:
         why = "is not trained, so there is nothing to compare" if cls else "is no method"
@@ -125,18 +125,18 @@ def _part(text: str, common: Mapping[str, Any]) -> list[tuple[str, AdapterConfig
 
 def _settings(text: str, whole: str) -> dict[str, list[Any]]:
     """ "block=8,32,r=64" -> {"block": [8, 32], "r": [64]}: a part without a name is one more value of the last one."""
-    found: dict[str, list[Any]] = {}
+    settings: dict[str, list[Any]] = {}
     for part in filter(None, (part.strip() for part in re.split(rf",{OUTSIDE_BRACKETS}", text))):
         key, equals, value = part.partition("=")
         if equals and key.strip().isidentifier():
-            if key.strip() in found:
+            if key.strip() in settings:
                 raise ArmError(f"{whole!r}: {key.strip()} comes twice; write its values as {key.strip()}=a,b")
-            found[key.strip()] = [_value(value)]
-        elif found:
-            found[list(found)[-1]].append(_value(part))
+            settings[key.strip()] = [_value(value)]
+        elif settings:
+            settings[list(settings)[-1]].append(_value(part))
         else:
             raise ArmError(f"{whole!r}: {part!r} is not setting=value")
-    return found
+    return settings
 
 
 def _value(text: str) -> Any:

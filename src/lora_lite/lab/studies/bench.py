@@ -7,37 +7,39 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lora_lite as ll
 from lora_lite.files.atomic import expanded
 from lora_lite.lab.costs.cost import measured_costs
 from lora_lite.lab.folders import make_folder
+from lora_lite.lab.identity import BASE, COST, SEED
 from lora_lite.lab.provenance import provenance
-from lora_lite.lab.studies.arms import ArmError
-from lora_lite.lab.studies.ledger import DONE, FAILED, Ledger, LedgerError, publish, read_json, run_id, within
-from lora_lite.lab.studies.study import Job, Study, StudyError, jobs
-from lora_lite.lab.studies.workbench import Workbench, job_config, open_workbench, plan_of
+from lora_lite.lab.studies.ledger import Ledger, publish, run_id
+from lora_lite.lab.studies.plan import job_config, remaining, require_same_study
+from lora_lite.lab.studies.records import (
+    DONE,
+    FAILED,
+    BaseFigures,
+    CostFigures,
+    Losses,
+    Plan,
+    Replies,
+    SeedFigures,
+    TuneFigures,
+)
+from lora_lite.lab.studies.study import Job, Study
+from lora_lite.lab.studies.workbench import Workbench, open_workbench, plan_of
 from lora_lite.lab.terminal import note
 from lora_lite.lab.training.checkpoints import fingerprint, last_checkpoint, read_progress
 from lora_lite.lab.training.evaluate import Evaluation
-from lora_lite.lab.training.loop import train
-from lora_lite.lab.training.progress import Progress
-from lora_lite.lab.training.run import calibration
+from lora_lite.lab.training.progress import TrainConfig
+from lora_lite.lab.training.session import Trained
 from lora_lite.lab.training.trackers import Trackers, require_trackers
 
 POLL_SECONDS = 2.0
 # What a method, a setting or the data can cause. A full disk, say, is no result of a run: it stops the study.
 FAILURES = (ll.LoraLiteError, RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError)
-
-
-# What `study.json` must hold: keys from the outermost in, and the type of what is there.
-PLAN: dict[tuple[str, ...], type] = {
-    ("study",): dict, **{("prints", part): str for part in ("base", "train", "validation", "test", "other", "general")},
-    ("dtype",): str, ("device",): str, ("max_new_tokens",): int, ("sources", "notes"): list, ("command",): str,
-    **{("sources", "tokens", "train", key): int for key in ("kept", "too_long", "empty")},
-    ("sources", "tokens", "validation", "kept"): int,
-}  # fmt: skip
 
 
 def run_study(
@@ -56,12 +58,13 @@ def run_study(
     study = study.as_run()  # errors in the line of arms, and missing trackers, come before the model is loaded
     require_trackers(report_to)
     bench = open_workbench(study)
-    bench.trackers = partial(Trackers, report_to, device=bench.device)
-    plan = {**plan_of(bench), "command": command}
+    bench.trackers = partial(Trackers, report_to, device=bench.session.base.device)
+    plan = plan_of(bench, command)
     make_folder(folder)
     require_same_study(folder, study, plan)
     publish(folder / "study.json", plan)
-    publish(ledger.data / f"{bench.prints['test']}.json", [[e.prompt, e.answer] for e in bench.test])
+    items = bench.session.data.examples["test"]
+    publish(ledger.data / f"{bench.fingerprints['test']}.json", [[item.prompt, item.answer] for item in items])
     if retry_failed and (removed := ledger.forget_failures()):
         note(f"{removed} failed runs are tried again")
     waiting = False
@@ -76,176 +79,117 @@ def run_study(
     return ledger
 
 
-def require_same_study(folder: Path, study: Study, plan: dict[str, Any]) -> None:
-    """Raise `StudyError` if a folder's results are of another model, task, data or training: none could be used.
-
-    A study may grow: more arms, seeds, rates and test items find what is there. Names, notes and costs do not matter.
-    """
-    if not (folder / "study.json").exists():
-        return
-    earlier, before_plan = read_plan(folder)
-    before, now = shared_config(earlier, before_plan), shared_config(study, plan)
-    if other := [f"{name}: {was!r} there, {now[name]!r} now" for name, was in before.items() if was != now[name]]:
-        raise StudyError(
-            f"{folder} holds the results of another study ({'; '.join(other)}): give another --out, or remove it"
-        )
-    known = {name: arm["methods"] for name, arm in study.arms_as_run.items()}
-    there = {name: arm["methods"] for name, arm in earlier.arms_as_run.items()}
-    if changed := [name for name in known.keys() & there.keys() if known[name] != there[name]]:
-        raise StudyError(
-            f"{folder} holds results of {', '.join(sorted(changed))} with other settings than these names have here (a "
-            "default has changed since): give another --out"
-        )
-
-
-def shared_config(study: Study, plan: dict[str, Any]) -> dict[str, Any]:
-    """What the configurations of a study's training runs have in common: those of LoRA's, by name."""
-    plain = dataclasses.replace(study, methods=("lora",), baseline="")
-    config = job_config(plain, Job("tune", plain.arms()[0]), plan)
-    prints, training, (method,) = (config.pop(key) for key in ("prints", "training", "methods"))
-    return {**method, **training, **config, **{f"data: {part}": digest for part, digest in prints.items()}}
-
-
-def read_plan(folder: Path) -> tuple[Study, dict[str, Any]]:
-    """The study of a folder of results, and what its runs are found by. Raises `LedgerError` where there is none."""
-    path = expanded(folder) / "study.json"
-    plan = read_json(path)
-    wrong = [".".join(keys) for keys, kind in PLAN.items() if not isinstance(within(plan, keys), kind)]
-    if wrong:
-        raise LedgerError(
-            f"{path} is damaged: {wrong[0]} is missing or of another type; remove it, and the same bench makes it again"
-        )
-    try:
-        study = Study.from_dict(plan["study"])
-        study.arms()
-    except (StudyError, ArmError) as error:
-        raise LedgerError(f"{path} is damaged: {error}; remove it, and the same bench makes it again") from error
-    return study, plan
-
-
-def remaining(study: Study, plan: dict[str, Any], ledger: Ledger) -> list[Job]:
-    """The jobs that can be done, and are not. Costs come when all else is there: a clock wants a quiet machine."""
-    rates = chosen_rates(study, plan, ledger)
-    todo = [job for job in jobs(study, rates) if ledger.read(run_id(job_config(study, job, plan))) is None]
-    return [job for job in todo if job.kind != "cost"] or todo
-
-
-def chosen_rates(study: Study, plan: dict[str, Any], ledger: Ledger) -> dict[str, float | None]:
-    """Arm -> the rate with the lowest validation loss, None if all failed. Left out: arms that are not tried at all
-    rates yet."""
-    found: dict[str, float | None] = {}
-    for arm in study.arms():
-        tried = {lr: ledger.figures(run_id(job_config(study, Job("tune", arm, lr), plan))) for lr in study.grid(arm)}
-        records = {lr: record for lr, record in tried.items() if record is not None}
-        if len(records) == len(tried):
-            done = {lr: record for lr, record in records.items() if record["status"] == DONE}
-            losses = {lr: record["losses_after"]["validation"] for lr, record in done.items()}
-            found[arm.name] = min(losses, key=losses.__getitem__) if losses else None
-    return found
-
-
-def do_one(todo: list[Job], bench: Workbench, plan: dict[str, Any], ledger: Ledger) -> bool:
+def do_one(todo: list[Job], bench: Workbench, plan: Plan, ledger: Ledger) -> bool:
     """Do the first job that no other process is at; whether there was one."""
     for job in todo:
         config = job_config(bench.study, job, plan)
         # One at a time: what is timed shares the machine with nothing else of the study.
-        alone = ledger.claim("costs") if job.kind == "cost" else contextlib.nullcontext(True)
+        alone = ledger.claim("costs") if job.kind == COST else contextlib.nullcontext(True)
         with alone as free, ledger.claim(run_id(config)) as mine:
             if free and mine:
                 note(f"[{len(todo)} to do] {job}")
-                status, found = attempt(job, bench, ledger.scratch(run_id(config)))
-                ledger.write(config, status, found)
+                status, figures = attempt(job, bench, ledger.scratch(run_id(config)))
+                ledger.write(config, status, figures)
                 ledger.tidy(run_id(config))
-                note(f"  {told(status, found)}")
+                note(f"  {in_a_line(status, figures)}")
                 if status == FAILED:  # after its record: should this fail too, the next start goes on with the others
-                    bench.reload()
+                    bench.session.reload()
                 return True
     return False
 
 
-def told(status: str, found: Mapping[str, Any]) -> str:
-    """A line about a run."""
-    words = [f"{found['seconds_in_all']:.0f} s"]
+def in_a_line(status: str, figures: Mapping[str, Any]) -> str:
+    """A run in a line."""
+    words = [f"{figures['seconds_in_all']:.0f} s"]
     if status == FAILED:
-        words.append(f"FAILED: {found['reason']}")
-    if losses := found.get("losses_after"):
+        words.append(f"FAILED: {figures['reason']}")
+    if losses := figures.get("losses_after"):
         words.append(f"validation loss {losses['validation']:.4f}")
-    if "accuracy" in found:
-        words.append(f"accuracy {found['accuracy']:.1%}")
+    if "accuracy" in figures:
+        words.append(f"accuracy {figures['accuracy']:.1%}")
     return ", ".join(words)
 
 
-def attempt(job: Job, bench: Workbench, scratch: Path) -> tuple[str, dict[str, Any]]:
-    """Do a job; its status and what it found. A failure is a result: its reason is kept."""
+def attempt(job: Job, bench: Workbench, scratch: Path) -> tuple[str, Mapping[str, object]]:
+    """Do a job; its status and figures. A failure is a result: its reason is kept."""
     started = time.time()
     try:
-        status, found = DONE, perform(job, bench, scratch)
+        status, figures = DONE, perform(job, bench, scratch)
         bench.require_base()
     except OSError:
         raise
     except FAILURES as error:
-        status, found = FAILED, {"reason": f"{type(error).__name__}: {error}"}
-    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started))
-    seconds = round(time.time() - started, 2)
-    return status, {**found, "started": stamp, "seconds_in_all": seconds, "provenance": provenance(bench.device)}
+        status, figures = FAILED, {"reason": f"{type(error).__name__}: {error}"}
+    return status, {
+        **figures,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+        "seconds_in_all": round(time.time() - started, 2),
+        "provenance": provenance(bench.session.base.device),
+    }
 
 
-def perform(job: Job, bench: Workbench, scratch: Path) -> dict[str, Any]:
+def perform(job: Job, bench: Workbench, scratch: Path) -> BaseFigures | TuneFigures | SeedFigures | CostFigures:
     """Do a job, and leave the model bare."""
-    if job.kind == "base":
-        return {"losses_after": bench.losses(forgetting=True, trained=False), **replies(bench.answers())}
-    assert job.arm is not None
-    if job.kind == "cost":
-        study = bench.study
-        configs, trust = job.arm.with_seed(job.seed), study.trust_remote_code
-        return {"cost": measured_costs(study.model, configs, bench.dtype, study.quantization, trust_remote_code=trust)}
-    return train_and_measure(job, bench, scratch)
-
-
-def train_and_measure(job: Job, bench: Workbench, scratch: Path) -> dict[str, Any]:
-    """Attach, train, measure, detach. Goes on from a checkpoint in `scratch`, if a killed process left one."""
+    if job.kind == BASE:
+        losses = cast(Losses, bench.losses(forgetting=True, trained=False))
+        return {"losses_after": losses, **replies(bench.answers())}
     assert job.arm is not None
     methods = job.arm.with_seed(job.seed)
-    training = dataclasses.replace(bench.study.training, lr=job.lr, seed=job.seed)
-    seconds: dict[str, float] = {}
-    checkpoint = last_checkpoint(scratch)
-    if checkpoint is not None and read_progress(checkpoint)[1] != fingerprint(training, bench.train):
-        note(f"{checkpoint} was written by another version of the lab: it is discarded, and the run starts again")
-        shutil.rmtree(scratch)
-        checkpoint = None
-    if checkpoint is None:
-        data = calibration(methods, bench.train, bench.pad, training.batch_size, bench.study.calibration_batches)
-        cost = ll.attach(bench.model, methods, data).cost
-        seconds |= {f"attach_{phase}": value for phase, value in cost.seconds.items()} if cost else {}
+    if job.kind == COST:
+        return {"cost": measured_costs(bench.session.base, methods)}
+    return train_and_measure(job, methods, bench, scratch)
+
+
+def train_and_measure(
+    job: Job, methods: Sequence[ll.AdapterConfig], bench: Workbench, scratch: Path
+) -> TuneFigures | SeedFigures:
+    """Attach, train, measure, detach. Goes on from a checkpoint in `scratch`, if a killed process left one."""
+    session, study = bench.session, bench.study
+    training = dataclasses.replace(study.training, lr=job.lr, seed=job.seed)
+    discard_foreign(scratch, training, bench)
     settings = {"job": str(job), "training": dataclasses.asdict(training)}
     with bench.trackers(scratch.parent.parent / "trackers" / scratch.name, settings) as trackers:
-        progress = train(bench.model, bench.train, bench.pad, training, scratch, resume=True, on_step=trackers.step)
-        found, more = measured(job, bench, scratch, progress)
-        trackers.finish({key: found[key] for key in ("losses_after", "accuracy") if key in found})
-    ll.detach(bench.model)
-    seconds |= {"train": progress.seconds, **more}
-    return {**found, "seconds": {key: round(value, 3) for key, value in seconds.items()}}
+        trained = session.attach_and_train(
+            methods, training, scratch, resume=True, calibration_batches=study.calibration_batches,
+            on_step=trackers.step,
+        )  # fmt: skip
+        figures = measured(job, bench, scratch, trained)
+        trackers.finish({key: value for key, value in figures.items() if key in ("losses_after", "accuracy")})
+    ll.detach(session.model)
+    return figures
 
 
-def measured(job: Job, bench: Workbench, scratch: Path, progress: Progress) -> tuple[dict[str, Any], dict[str, float]]:
-    """What is measured of a trained adapter, and the seconds that it took."""
-    seconds: dict[str, float] = {}
-    found: dict[str, Any] = {
+def discard_foreign(scratch: Path, training: TrainConfig, bench: Workbench) -> None:
+    """Remove the checkpoints that no run of this version can go on from."""
+    checkpoint = last_checkpoint(scratch)
+    if checkpoint is None or read_progress(checkpoint)[1] == fingerprint(training, bench.session.encoded["train"]):
+        return
+    note(f"{checkpoint} was written by another version of the lab: it is discarded, and the run starts again")
+    shutil.rmtree(scratch)
+
+
+def measured(job: Job, bench: Workbench, scratch: Path, trained: Trained) -> TuneFigures | SeedFigures:
+    """What is measured of a trained adapter."""
+    att, progress = trained.attachment, trained.progress
+    phases = att.cost.seconds if att.cost is not None else {}
+    seconds = {**{f"attach_{phase}": value for phase, value in phases.items()}, "train": progress.seconds}
+    figures: TuneFigures = {
         "curve": [round(loss, 6) for loss in progress.losses],
         "tokens": progress.tokens,
         "answer_tokens": progress.answer_tokens,
-        "losses_after": bench.losses(forgetting=job.kind == "seed"),
-        "trainable": ll.attachment(bench.model).num_trainable,
-        "stored_bytes": ll.save(bench.model, scratch / "adapter.safetensors").stat().st_size,
+        "losses_after": cast(Losses, bench.losses(forgetting=job.kind == SEED)),
+        "trainable": att.num_trainable,
+        "stored_bytes": ll.save(bench.session.model, scratch / "adapter.safetensors").stat().st_size,
+        "seconds": {phase: round(value, 3) for phase, value in seconds.items()},
     }
-    if job.kind == "seed":
-        answers = bench.answers()
-        found |= replies(answers)
-        seconds["evaluate"] = answers.seconds
-    return found, seconds
+    if job.kind != SEED:
+        return figures
+    answers = bench.answers()
+    figures["seconds"]["evaluate"] = round(answers.seconds, 3)
+    return {**figures, **replies(answers)}
 
 
-def replies(answers: Evaluation) -> dict[str, Any]:
+def replies(answers: Evaluation) -> Replies:
     """An evaluation as plain data; prompts and answers are in the ledger's data, in the same order."""
     return {
         "accuracy": answers.accuracy,

@@ -10,36 +10,18 @@ import hashlib
 import io
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lora_lite.errors import LoraLiteError
 from lora_lite.files.atomic import expanded, write_atomically
 from lora_lite.lab.folders import make_folder
-from lora_lite.lab.training.locks import hold
+from lora_lite.lab.locks import hold
+from lora_lite.lab.studies.records import DONE, FAILED, FIGURES, JobConfig, RunRecord
+from lora_lite.lab.studies.shapes import lacking
 
 FORMAT = 1
-DONE, FAILED = "done", "failed"
-
-
-_NUMBER = int | float
-_ANY: dict[tuple[str, ...], Any] = {
-    **{("provenance", name): str for name in ("device", "system")}, ("provenance", "versions"): dict,
-}  # fmt: skip
-_REPLIES: dict[tuple[str, ...], Any] = {
-    ("scores",): list, ("completions",): list, ("mentioned",): _NUMBER, ("cut_off",): _NUMBER,
-}  # fmt: skip
-_TRAINED: dict[tuple[str, ...], Any] = {
-    ("losses_after", "validation"): _NUMBER, ("trainable",): int, ("stored_bytes",): int, ("curve",): list,
-}  # fmt: skip
-# What a finished run holds by its kind: keys from the outermost in, and the type of what is there.
-FIGURES: dict[str, dict[tuple[str, ...], Any]] = {
-    "base": {**_ANY, ("losses_after", "validation"): _NUMBER, **_REPLIES},
-    "tune": {**_ANY, **_TRAINED},
-    "seed": {**_ANY, **_TRAINED, **_REPLIES},
-    "cost": {**_ANY, ("cost", "trainable"): int},
-}
 
 
 class LedgerError(LoraLiteError, RuntimeError):
@@ -74,7 +56,7 @@ class Ledger:
         self.folder = folder = expanded(folder)
         self.runs, self.data, self.work = folder / "runs", folder / "data", folder / ".work"
 
-    def read(self, run: str) -> dict[str, Any] | None:
+    def read(self, run: str) -> RunRecord | None:
         """The record of a run; None if there is none yet. Raises `LedgerError` if the file is damaged."""
         path = self.runs / f"{run}.json"
         if not path.exists():
@@ -86,34 +68,36 @@ class Ledger:
                 f"{path} does not hold the run that it is named after: it was changed by hand, or is damaged; remove "
                 "it, and the run is made again"
             )
-        return record
+        return cast(RunRecord, record)
 
-    def figures(self, run: str) -> dict[str, Any] | None:
+    def figures(self, run: str) -> RunRecord | None:
         """The record of a run with all the figures that a finished one of its kind has; None if there is none yet.
 
         Raises `LedgerError` if the file is damaged, or lacks a figure.
         """
         record = self.read(run)
-        wanted = FIGURES.get(record["config"].get("kind"), {}) if record and record["status"] == DONE else {}
-        absent = [".".join(keys) for keys, kind in wanted.items() if not isinstance(within(record, keys), kind)]
-        if absent:
+        shapes = FIGURES.get(record["config"].get("kind", ""), ()) if record and record["status"] == DONE else ()
+        if absent := [key for shape in shapes for key in lacking(record, shape)]:
             raise LedgerError(
                 f"{self.runs / run}.json lacks {', '.join(absent)}, or holds another type there: another version of "
                 "the lab wrote it; remove it, and the run is made again"
             )
         return record
 
-    def records(self) -> Iterator[dict[str, Any]]:
+    def records(self) -> Iterator[RunRecord]:
         """Every run in the folder, in the order of their names."""
         for path in sorted(self.runs.glob("*.json")):
             record = self.read(path.stem)
             if record is not None:  # removed since the folder was listed
                 yield record
 
-    def write(self, config: Mapping[str, Any], status: str, found: Mapping[str, Any]) -> str:
-        """Write a run, once and for all; its name. Raises `LedgerError` if it is there already."""
+    def write(self, config: JobConfig, status: str, figures: Mapping[str, object]) -> str:
+        """Write a run, once and for all; its name. Raises `LedgerError` if it is there already.
+
+        figures: what `RunRecord` has beyond the name, the configuration and the status.
+        """
         run = run_id(config)
-        record = {"format": FORMAT, "id": run, "status": status, "config": config, **found}
+        record = {"format": FORMAT, "id": run, "status": status, "config": config, **figures}
         record["digest"] = digest(record)
         try:
             publish(self.runs / f"{run}.json", record, once=True)
@@ -164,13 +148,6 @@ def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield path, canonical(value)
     else:
         yield path, value
-
-
-def within(value: Any, keys: Sequence[str]) -> Any:
-    """What plain data hold under keys, from the outermost in; None where one is missing."""
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
 
 
 def lacks(record: Mapping[str, Any]) -> bool:

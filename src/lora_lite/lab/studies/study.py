@@ -3,23 +3,24 @@
 import dataclasses
 import json
 import math
-import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import tyro
 import yaml
 
 import lora_lite as ll
 from lora_lite.config import DEFAULT_ROLES
+from lora_lite.lab.identity import BASE, COST, SEED, TUNE
 from lora_lite.lab.models.load import EMBEDDED, QUANTIZATIONS
 from lora_lite.lab.shared_flags import TrustRemoteCode
 from lora_lite.lab.studies.arms import ALL, Arm, parse_arms
+from lora_lite.lab.studies.shapes import fits
+from lora_lite.lab.training.config import described
 from lora_lite.lab.training.data import MAX_LENGTH
 from lora_lite.lab.training.progress import TrainConfig
-from lora_lite.registry import method_of
 
 TUNING_SEED = 0
 MOST_RUNS = 99  # of an arm: seeds, or learning rates
@@ -157,8 +158,8 @@ class Study:
         """An arm's methods with all their settings, the seed of their initial values among them."""
         if arm.name in self.arms_as_run:
             return [{**values, "seed": seed} for values in self.arms_as_run[arm.name]["methods"]]
-        found = [{"variant": method_of(cfg).facts.name, **cfg.to_dict()} for cfg in arm.with_seed(seed)]
-        return json.loads(json.dumps(found))  # as a file gives it: lists, no tuples
+        settings = [described(cfg) for cfg in arm.with_seed(seed)]
+        return json.loads(json.dumps(settings))  # as a file gives it: lists, no tuples
 
     def as_run(self) -> "Study":
         """The study with the settings and rates of its arms written out."""
@@ -191,21 +192,9 @@ def require_types(cls: type, given: Mapping[str, Any]) -> None:
     """Raise `StudyError` for a value of plain data that is not of its field's type."""
     hints = get_type_hints(cls)
     for name, value in given.items():
-        if name != "training" and not _fits(value, hints[name]):
+        if name != "training" and not fits(value, hints[name]):
             wanted = str(getattr(hints[name], "__name__", hints[name])).replace("tuple", "list")
             raise StudyError(f"{name} = {value!r:.80}: is not of type {wanted}")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    if get_origin(hint) in (Union, types.UnionType):
-        return any(_fits(value, each) for each in get_args(hint))
-    if get_origin(hint) is Mapping:
-        return isinstance(value, Mapping)
-    if get_origin(hint) is tuple:
-        return isinstance(value, list | tuple) and all(_fits(each, get_args(hint)[0]) for each in value)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return type(value) is hint or (hint is type(None) and value is None)
 
 
 def _rounded(value: float) -> float:
@@ -253,7 +242,7 @@ class Job:
 
     def __str__(self) -> str:
         words = [self.kind, self.arm.name if self.arm else "", f"lr {self.lr:g}" if self.lr else ""]
-        return " ".join([*filter(None, words), *([f"seed {self.seed}"] if self.kind == "seed" else [])])
+        return " ".join([*filter(None, words), *([f"seed {self.seed}"] if self.kind == SEED else [])])
 
 
 def jobs(study: Study, chosen: Mapping[str, float | None]) -> Iterable[Job]:
@@ -262,13 +251,13 @@ def jobs(study: Study, chosen: Mapping[str, float | None]) -> Iterable[Job]:
     chosen: arm -> its chosen rate; an arm that is not in it is still being tuned, None: every rate failed.
     """
     arms = study.arms()
-    yield Job("base")
+    yield Job(BASE)
     for arm in arms:
         for lr in study.grid(arm):
-            yield Job("tune", arm, lr)
+            yield Job(TUNE, arm, lr)
     for seed in range(1, study.seeds + 1):
         for arm in arms:
             if chosen.get(arm.name) is not None:
-                yield Job("seed", arm, chosen[arm.name], seed)
+                yield Job(SEED, arm, chosen[arm.name], seed)
     if study.costs:
-        yield from (Job("cost", arm) for arm in arms)
+        yield from (Job(COST, arm) for arm in arms)

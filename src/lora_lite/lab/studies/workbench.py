@@ -1,32 +1,23 @@
 """What the runs of a study share: the model, the data, and what they are known by."""
 
-import dataclasses
-import gc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
-
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_lite.errors import LoraLiteError
-from lora_lite.lab.models.devices import pick_device, pick_dtype
-from lora_lite.lab.models.load import load_model
-from lora_lite.lab.provenance import base_print, provenance
-from lora_lite.lab.studies.study import Job, Study
+from lora_lite.lab.models.base import Base
+from lora_lite.lab.provenance import base_fingerprint, provenance
+from lora_lite.lab.studies.records import Fingerprints, Plan, Sources
+from lora_lite.lab.studies.study import Study
 from lora_lite.lab.tasks.catalogue import load_task
 from lora_lite.lab.tasks.corpora import general_text
-from lora_lite.lab.tasks.task import Example, Task, fingerprint, require_sound_key
+from lora_lite.lab.tasks.task import Example, fingerprint
 from lora_lite.lab.terminal import note
-from lora_lite.lab.training.config import CALIBRATION_BATCHES
 from lora_lite.lab.training.data import Encoded, answer_budget, encode, text_windows
-from lora_lite.lab.training.evaluate import Evaluation, answer_loss_of, evaluate, text_loss
-from lora_lite.lab.training.run import needs_data
+from lora_lite.lab.training.evaluate import Evaluation, answer_loss_of, text_loss
+from lora_lite.lab.training.session import HELD_OUT_SEED, Session, draw
 from lora_lite.lab.training.trackers import Trackers
-
-DATA_SEED = 0
 
 
 class DivergedError(LoraLiteError, ArithmeticError):
@@ -39,45 +30,30 @@ class BaseChangedError(LoraLiteError, RuntimeError):
 
 @dataclass
 class Workbench:
-    """A model and data, ready for runs.
+    """A session, and what a study measures on it.
 
     Attributes:
-        prints: fingerprints of the base and of each part of the data; runs are named by them, among others.
+        windows: token ids of pieces of general text. other: examples of another task. Forgetting is measured on both.
+        max_new_tokens: of a reply.
+        fingerprints: of the base and of each part of the data; runs are named by them, among others.
         sources: where the data came from, with counts of what was left out.
         trackers: makes a run's trackers, from a folder and settings.
     """
 
     study: Study
-    device: torch.device
-    dtype: torch.dtype
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    task: Task
-    train: list[Encoded]
-    validation: list[Encoded]
-    test: list[Example]
+    session: Session
     windows: list[list[int]]
     other: list[Encoded]
     max_new_tokens: int
-    prints: dict[str, str]
-    sources: dict[str, Any]
+    fingerprints: Fingerprints
+    sources: Sources
     trackers: Callable[..., Trackers]
-
-    @property
-    def pad(self) -> int:
-        """The token to pad with."""
-        return int(self.tokenizer.pad_token_id)  # type: ignore[arg-type]
-
-    def reload(self) -> None:
-        """Read the model again. The old one is let go first: two may not fit."""
-        del self.model
-        gc.collect()
-        self.model, _ = load_base(self.study, self.dtype, self.device)
 
     def require_base(self) -> None:
         """Raise `BaseChangedError` if the model's bits are not those it was read with."""
-        if (now := base_print(self.model)) != self.prints["base"]:
-            raise BaseChangedError(f"the base's bits changed during this run ({self.prints['base']} became {now})")
+        before = self.fingerprints["base"]
+        if (now := base_fingerprint(self.session.model)) != before:
+            raise BaseChangedError(f"the base's bits changed during this run ({before} became {now})")
 
     def losses(self, forgetting: bool, trained: bool = True) -> dict[str, float]:
         """Mean losses in nats a token: on validation answers and, for `forgetting`, elsewhere.
@@ -85,112 +61,75 @@ class Workbench:
         trained: whether the model has an adapter. Raises `DivergedError`, which says whose they are, if one is not
         finite.
         """
-        size = self.study.training.batch_size
-        found = {"validation": answer_loss_of(self.model, self.validation, self.pad, size)}
+        model, pad, size = self.session.model, self.session.pad, self.study.training.batch_size
+        losses = {"validation": answer_loss_of(model, self.session.encoded["validation"], pad, size)}
         if forgetting and self.windows:
-            found["general text"] = text_loss(self.model, self.windows)
+            losses["general text"] = text_loss(model, self.windows)
         if forgetting and self.other:
-            found[self.study.other_task] = answer_loss_of(self.model, self.other, self.pad, size)
-        if infinite := [f"{name}: {loss}" for name, loss in found.items() if not math.isfinite(loss)]:
-            told = ", ".join(infinite)
+            losses[self.study.other_task] = answer_loss_of(model, self.other, pad, size)
+        if infinite := ", ".join(f"{name}: {loss}" for name, loss in losses.items() if not math.isfinite(loss)):
             if not trained:
                 raise DivergedError(
-                    f"the base's own loss is not finite ({told}): its weights are damaged, or too large for the dtype; "
-                    "fetch the model again, or give --dtype float32"
+                    f"the base's own loss is not finite ({infinite}): its weights are damaged, or too large for the "
+                    "dtype; fetch the model again, or give --dtype float32"
                 )
-            raise DivergedError(f"the loss after training is not finite ({told}): the rate is too high")
-        return found
+            raise DivergedError(f"the loss after training is not finite ({infinite}): the rate is too high")
+        return losses
 
     def answers(self) -> Evaluation:
         """The model's replies to the test items."""
-        return evaluate(self.model, self.tokenizer, self.task, self.test, max_new_tokens=self.max_new_tokens)
-
-
-def load_base(
-    study: Study, dtype: torch.dtype, device: torch.device
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The study's model and tokenizer. Raises `ModelError` if they cannot be read."""
-    trust = study.trust_remote_code
-    return load_model(study.model, dtype, device, quantization=study.quantization, trust_remote_code=trust)
+        return self.session.answers(max_new_tokens=self.max_new_tokens)
 
 
 def open_workbench(study: Study) -> Workbench:
     """Load what a study needs. Raises what is wrong with the task, the data or the model, before anything is run."""
-    device = pick_device(None)
-    dtype = pick_dtype(study.dtype, device)
-    task = load_task(study.task)
+    base = Base.of(study)
     sizes = {
         "train": study.training_examples, "validation": study.validation_examples, "test": study.test_examples,
     }  # fmt: skip
-    parts, few = task.parts(sizes, DATA_SEED)
-    for part in ("validation", "test"):
-        require_sound_key(task, parts[part])
-    other: list[Example] = []
+    data = draw(study.task, sizes)
+    elsewhere: list[Example] = []
+    few = data.few
     if study.other_task:
-        elsewhere, few_other = load_task(study.other_task).parts({"test": study.other_examples}, DATA_SEED)
-        other, few = elsewhere["test"], (*few, *few_other)
+        parts, few_other = load_task(study.other_task).parts({"test": study.other_examples}, HELD_OUT_SEED)
+        elsewhere, few = parts["test"], (*few, *few_other)
     for line in few:
         note(line)
-    model, tokenizer = load_base(study, dtype, device)
-    encoded, counts = {}, {}
-    for part, examples in {"train": parts["train"], "validation": parts["validation"], "other": other}.items():
-        encoded[part], report = encode(examples, tokenizer, study.max_length) if examples else ([], None)
-        counts[part] = dataclasses.asdict(report) if report else None
+    session = Session.open(base, data, study.max_length)
+    other, report = encode(elsewhere, session.tokenizer, study.max_length) if elsewhere else ([], None)
     text = general_text(study.general_text) if study.general_windows else ""
+    tokenizer = session.tokenizer
     windows = text_windows(text, tokenizer, study.window_tokens, study.general_windows) if text else []
-    prints = {
-        "base": base_print(model),
-        **{part: fingerprint(examples) for part, examples in parts.items()},
-        "other": fingerprint(other),
-        "general": fingerprint([Example(str(tokenizer.decode(window)), "", "text") for window in windows]),
-    }
-    budget = study.max_new_tokens or answer_budget(task, tokenizer)
-    sources = {
-        "task": dict(task.provenance), "tokens": counts, "notes": [*task.notes, *few],
-        "examples": {part: len(examples) for part, examples in parts.items()},
-    }  # fmt: skip
-    return Workbench(
-        study, device, dtype, model, tokenizer, task, encoded["train"], encoded["validation"], parts["test"], windows,
-        encoded["other"], budget, prints, sources, partial(Trackers, (), device=device),
+    decoded = [Example(str(tokenizer.decode(window)), "", "text") for window in windows]
+    fingerprints = Fingerprints(
+        base=base_fingerprint(session.model), **data.fingerprints, other=fingerprint(elsewhere),
+        general=fingerprint(decoded),
     )  # fmt: skip
+    sources: Sources = {
+        "task": dict(data.task.provenance),
+        "tokens": {
+            "train": session.tokens["train"].record(),
+            "validation": session.tokens["validation"].record(),
+            "other": report.record() if report else None,
+        },
+        "notes": [*data.task.notes, *few],
+        "examples": data.counts,
+    }
+    budget = study.max_new_tokens or answer_budget(data.task, tokenizer)
+    trackers = partial(Trackers, (), device=base.device)
+    return Workbench(study, session, windows, other, budget, fingerprints, sources, trackers)
 
 
-def job_config(study: Study, job: Job, plan: dict[str, Any]) -> dict[str, Any]:
-    """All that a job's result depends on, as plain data: its hash names the run.
-
-    plan: `prints`, `dtype`, `device` and `max_new_tokens`, as `plan_of` gives them. Names, notes and how often
-    checkpoints are written are left out; so a study can grow, and keep what it has.
-    """
-    used = {"base": ("base", "validation", "test", "general", "other"), "tune": ("base", "train", "validation")}
-    prints = {key: plan["prints"][key] for key in used.get(job.kind, plan["prints"])}
-    config: dict[str, Any] = {
-        "kind": job.kind, "model": study.model, "quantization": study.quantization, "dtype": plan["dtype"],
-        "device": plan["device"],
-    }  # fmt: skip
-    if job.kind == "cost":
-        prints = {"base": plan["prints"]["base"]}
-    else:
-        config |= {"task": study.task, "max_length": study.max_length}
-    if job.kind in ("base", "seed"):
-        config |= {"max_new_tokens": plan["max_new_tokens"]}
-    if job.arm is not None:
-        config["methods"] = study.described(job.arm, job.seed)
-        if study.calibration_batches != CALIBRATION_BATCHES and needs_data(job.arm.configs):
-            config["calibration_batches"] = study.calibration_batches
-    if job.kind in ("tune", "seed"):
-        training = dataclasses.asdict(dataclasses.replace(study.training, lr=job.lr, seed=job.seed))
-        config["training"] = {key: value for key, value in training.items() if key != "save_every"}
-    return {**config, "prints": prints}
-
-
-def plan_of(bench: Workbench) -> dict[str, Any]:
-    """What `study.json` holds: the study, and what a reader of the folder needs to find its runs."""
+def plan_of(bench: Workbench, command: str = "") -> Plan:
+    """What `study.json` holds. command: what repeats it."""
+    base = bench.session.base
     return {
         "study": bench.study.to_dict(),
-        "prints": bench.prints,
-        "dtype": str(bench.dtype).removeprefix("torch."),
-        "device": bench.device.type,
+        "prints": bench.fingerprints,
+        "dtype": base.dtype_name,
+        "device": base.device.type,
         "max_new_tokens": bench.max_new_tokens,
         "sources": bench.sources,
-        "provenance": provenance(bench.device),
+        "provenance": provenance(base.device),
+        "command": command,
     }

@@ -9,7 +9,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from safetensors.torch import load as from_bytes
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 import lora_lite as ll
 from lora_lite.files.atomic import sync_folder, write_atomically
+from lora_lite.lab import identity
 from lora_lite.lab.digests import file_digest
 from lora_lite.lab.terminal import note
 from lora_lite.lab.training.data import Encoded
@@ -31,9 +32,26 @@ class CheckpointWriteError(ll.LoraLiteError, OSError):
     """A checkpoint cannot be written: the disk is full, say."""
 
 
-def fingerprint(cfg: "TrainConfig", items: Sequence[Encoded]) -> str:
-    """A hash of what a run must share with the checkpoint that it goes on from; how often it writes them is its own."""
-    settings = {key: value for key, value in dataclasses.asdict(cfg).items() if key != "save_every"}
+class CheckpointRecord(TypedDict):
+    """What `progress.json` holds: the fields of `Progress`, and what shows that it belongs here and is whole.
+
+    fingerprint: of the run. digests: SHA-256 of the other files. digest: of all else in this record.
+    """
+
+    losses: list[float]
+    tokens: int
+    answer_tokens: int
+    seconds: float
+    rate: float
+    grad_norm: float
+    fingerprint: str
+    digests: dict[str, str]
+    digest: str
+
+
+def fingerprint(cfg: TrainConfig, items: Sequence[Encoded]) -> str:
+    """A hash of what a run must share with the checkpoint that it goes on from."""
+    settings = identity.counted(dataclasses.asdict(cfg), identity.TRAINING)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for item in items:
         digest.update(repr((item.prompt, item.answer)).encode())
@@ -42,8 +60,8 @@ def fingerprint(cfg: "TrainConfig", items: Sequence[Encoded]) -> str:
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, whole or not, by rising steps."""
-    found = [path for path in folder.glob("step-*") if path.name[5:].isdecimal()]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    folders = [path for path in folder.glob("step-*") if path.name[5:].isdecimal()]
+    return sorted(folders, key=lambda path: int(path.name[5:]))
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -94,8 +112,8 @@ def save_checkpoint(
     try:
         ll.save(model, temporary / ADAPTER, name=name)
         write_atomically(temporary / OPTIMIZER, to_bytes(optimizer_tensors(optimizer)))
-        record = {**dataclasses.asdict(progress), "fingerprint": fingerprint(cfg, items)}
-        record["digests"] = {name: file_digest(temporary / name) for name in (ADAPTER, OPTIMIZER)}
+        digests = {name: file_digest(temporary / name) for name in (ADAPTER, OPTIMIZER)}
+        record = CheckpointRecord(**vars(progress), fingerprint=fingerprint(cfg, items), digests=digests, digest="")
         record["digest"] = record_digest(record)
         write_atomically(temporary / PROGRESS, json.dumps(record).encode())
         shutil.rmtree(target, ignore_errors=True)
@@ -127,9 +145,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {key: value.contiguous() for key, value in tensors.items()}
 
 
-def restore_optimizer(found: Path, optimizer: torch.optim.Optimizer) -> None:
+def restore_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
     """Set the optimiser's moments and the random generators to those of a checkpoint."""
-    tensors = from_bytes((found / OPTIMIZER).read_bytes())
+    tensors = from_bytes((checkpoint / OPTIMIZER).read_bytes())
     torch.set_rng_state(tensors.pop("rng"))
     if (cuda := tensors.pop("cuda_rng", None)) is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(cuda)
@@ -140,8 +158,8 @@ def restore_optimizer(found: Path, optimizer: torch.optim.Optimizer) -> None:
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def read_progress(found: Path) -> tuple[dict[str, Any], str]:
+def read_progress(checkpoint: Path) -> tuple[Progress, str]:
     """What a checkpoint says of the run so far, and the fingerprint of that run."""
-    record = json.loads((found / PROGRESS).read_bytes())
-    own = record.pop("fingerprint")
-    return {key: value for key, value in record.items() if key not in ("digests", "digest")}, own
+    record: CheckpointRecord = json.loads((checkpoint / PROGRESS).read_bytes())
+    fields = [each.name for each in dataclasses.fields(Progress)]
+    return Progress(**{name: record[name] for name in fields}), record["fingerprint"]

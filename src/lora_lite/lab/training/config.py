@@ -18,6 +18,16 @@ NAMED = Path("runs/TASK-METHOD-MODEL")  # stands for a folder with these names
 CALIBRATION_BATCHES = 8
 
 
+def needs_data(methods: Sequence[AdapterConfig]) -> bool:
+    """Whether one of the methods is calibrated on data."""
+    return any(method_of(cfg).needs(cfg) for cfg in methods)
+
+
+def described(cfg: AdapterConfig) -> dict[str, object]:
+    """A method with all its settings, as records hold it: its name under "method", then the fields of its config."""
+    return {"method": method_of(cfg).facts.name, **cfg.to_dict()}
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """What to fine-tune, on what, and where to.

@@ -9,7 +9,7 @@ import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -40,6 +40,17 @@ class Encoded:
         return len(self.prompt) + len(self.answer)
 
 
+class TokenRecord(TypedDict):
+    """A `TokenReport` as records hold it."""
+
+    kept: int
+    too_long: int
+    empty: int
+    prompt_tokens: int
+    answer_tokens: int
+    max_length: int
+
+
 @dataclass(frozen=True)
 class TokenReport:
     """What became of the examples: kept, left out because too long or without answer, and the kept tokens."""
@@ -54,6 +65,10 @@ class TokenReport:
     @property
     def left_out(self) -> int:
         return self.too_long + self.empty
+
+    def record(self) -> TokenRecord:
+        """As plain data."""
+        return TokenRecord(**vars(self))
 
     def __str__(self) -> str:
         return (

@@ -1,13 +1,12 @@
 """What a run prints for people: a table, and worked examples before and after."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from rich.console import Console
 
 from lora_lite.lab import terminal
 from lora_lite.lab.training.evaluate import Evaluation, Record
-from lora_lite.lab.training.result import Result
+from lora_lite.lab.training.result import DataRecord, Result
 
 EXAMPLES = 3
 
@@ -47,7 +46,7 @@ def show(result: Result, console: Console | None = None) -> None:
             terminal.line(console, f"  {label:<9} {' '.join(text.split())[:200]}")
 
 
-def left_out(data: Mapping[str, Any]) -> list[str]:
+def left_out(data: DataRecord) -> list[str]:
     """What training did without, and the task's notes, a line each: of a run's `data`."""
     tokens = data["tokens"]
     return [

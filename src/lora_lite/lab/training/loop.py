@@ -61,8 +61,7 @@ def train(
         model: a causal language model with an attached adapter (with `resume`: the bare base).
         items: encoded examples. pad: token id to pad with.
         folder: where checkpoints go, every `cfg.save_every` steps. None: none are written.
-        resume: go on from the last whole checkpoint in `folder`, if there is one.
-        on_step: called after each step.
+        resume: go on from the last whole checkpoint in `folder`, if there is one. on_step: called after each step.
 
     Raises:
         TrainingError: a loss that is not finite, an adapter that never ran, or a checkpoint of another run.
@@ -70,12 +69,12 @@ def train(
     """
     require_fit(model, items, "the longest example")
     accelerator = Accelerator(cpu=model.device.type == "cpu")
-    found = last_checkpoint(folder) if folder is not None and resume else None
-    att = ll.load(model, found / ADAPTER, name=name, overwrite=True) if found else ll.attachment(model, name)
+    there = last_checkpoint(folder) if folder is not None and resume else None
+    att = ll.load(model, there / ADAPTER, name=name, overwrite=True) if there else ll.attachment(model, name)
     peak = cfg.lr if cfg.lr is not None else next(iter(att.targets.values())).facts.lr
     optimizer = _optimizer(model, cfg, peak, name)
     set_seed(cfg.seed)
-    progress = _restore(found, optimizer, cfg, items) if found else Progress()
+    progress = _restore(there, optimizer, cfg, items) if there else Progress()
     wrapped = accelerator.prepare_model(model)
     order = BatchOrder([len(item) for item in items], cfg.batch_size, cfg.seed)
     model.train()
@@ -89,10 +88,8 @@ def train(
                 _refuse_idle(att)
             progress.grad_norm = _update(accelerator, optimizer, progress.rate, cfg.clip)
             _note(progress, loss, batch, time.perf_counter() - started)
-            bar.set_postfix_str(f"loss {loss:.3f}, {progress.tokens / progress.seconds:,.0f} tokens/s")
-            bar.update()
-            due = cfg.save_every and progress.step % cfg.save_every == 0
-            if folder is not None and due and accelerator.is_main_process:
+            _show(bar, progress)
+            if folder is not None and accelerator.is_main_process and cfg.saves_at(progress.step):
                 save_checkpoint(folder, model, name, optimizer, progress, cfg, items)
             if on_step is not None:
                 on_step(progress)
@@ -168,6 +165,11 @@ def _refuse_idle(att: ll.Attachment) -> None:
         )
 
 
+def _show(bar: tqdm, progress: Progress) -> None:
+    bar.set_postfix_str(f"loss {progress.losses[-1]:.3f}, {progress.tokens / progress.seconds:,.0f} tokens/s")
+    bar.update()
+
+
 def _note(progress: Progress, loss: float, batch: Sequence[Encoded], seconds: float) -> None:
     progress.losses.append(loss)
     progress.tokens += sum(len(item) for item in batch)
@@ -175,11 +177,14 @@ def _note(progress: Progress, loss: float, batch: Sequence[Encoded], seconds: fl
     progress.seconds += seconds
 
 
-def _restore(found: Path, optimizer: torch.optim.Optimizer, cfg: TrainConfig, items: Sequence[Encoded]) -> Progress:
-    record, its = read_progress(found)
+def _restore(
+    checkpoint: Path, optimizer: torch.optim.Optimizer, cfg: TrainConfig, items: Sequence[Encoded]
+) -> Progress:
+    progress, its = read_progress(checkpoint)
     if its != fingerprint(cfg, items):
         raise TrainingError(
-            f"{found} is of a run with other settings or data; resume with the same ones, or train in another folder"
+            f"{checkpoint} is of a run with other settings or data; resume with the same ones, or train in another "
+            "folder"
         )
-    restore_optimizer(found, optimizer)
-    return Progress(**record)
+    restore_optimizer(checkpoint, optimizer)
+    return progress

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from lora_lite.lab.errors import RunError
 from lora_lite.lab.folders import make_folder, unwritable
+from lora_lite.lab.locks import hold
 from lora_lite.lab.training.checkpoints import checkpoints_in
-from lora_lite.lab.training.locks import hold
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,10 @@ class TrainConfig:
                 f"TrainConfig.accumulation = {self.accumulation}: must divide batch_size {self.batch_size}"
             )
 
+    def saves_at(self, step: int) -> bool:
+        """Whether a checkpoint is written after so many steps."""
+        return self.save_every > 0 and step % self.save_every == 0
+
 
 @dataclass
 class Progress:

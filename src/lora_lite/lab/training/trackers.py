@@ -21,6 +21,8 @@ PROJECT = "lora-lite"
 # Tracker -> packages that serve it, the one to install first.
 PACKAGES = {"tensorboard": ("tensorboardX", "tensorboard"), "wandb": ("wandb",), "trackio": ("trackio",)}
 
+Plain = bool | int | float | str
+
 
 class TrackerError(LoraLiteError, ValueError):
     """A tracker that is not known, or whose package is not installed."""
@@ -97,9 +99,9 @@ class Trackers:
             self.accelerator.log(dict(values), step=self._steps)
 
 
-def plain(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def plain(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Plain]:
     """Settings as a flat mapping of "a.b" to numbers, booleans and strings, which all trackers take."""
-    flat: dict[str, Any] = {}
+    flat: dict[str, Plain] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping):
             flat |= plain(value, f"{prefix}{key}.")
