@@ -14,10 +14,10 @@ from lora_lite.files.atomic import expanded
 from lora_lite.lab.costs.cost import measured_costs
 from lora_lite.lab.folders import make_folder
 from lora_lite.lab.provenance import provenance
-from lora_lite.lab.studies.arms import ArmError
-from lora_lite.lab.studies.ledger import DONE, FAILED, Ledger, LedgerError, publish, read_json, run_id, within
+from lora_lite.lab.studies.ledger import DONE, FAILED, Ledger, publish, run_id
+from lora_lite.lab.studies.plan import chosen_rates, job_config, read_plan
 from lora_lite.lab.studies.study import Job, Study, StudyError, jobs
-from lora_lite.lab.studies.workbench import Workbench, job_config, open_workbench, plan_of
+from lora_lite.lab.studies.workbench import Workbench, open_workbench, plan_of
 from lora_lite.lab.terminal import note
 from lora_lite.lab.training.checkpoints import fingerprint, last_checkpoint, read_progress
 from lora_lite.lab.training.evaluate import Evaluation
@@ -29,15 +29,6 @@ from lora_lite.lab.training.trackers import Trackers, require_trackers
 POLL_SECONDS = 2.0
 # What a method, a setting or the data can cause. A full disk, say, is no result of a run: it stops the study.
 FAILURES = (ll.LoraLiteError, RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError)
-
-
-# What `study.json` must hold: keys from the outermost in, and the type of what is there.
-PLAN: dict[tuple[str, ...], type] = {
-    ("study",): dict, **{("prints", part): str for part in ("base", "train", "validation", "test", "other", "general")},
-    ("dtype",): str, ("device",): str, ("max_new_tokens",): int, ("sources", "notes"): list, ("command",): str,
-    **{("sources", "tokens", "train", key): int for key in ("kept", "too_long", "empty")},
-    ("sources", "tokens", "validation", "kept"): int,
-}  # fmt: skip
 
 
 def run_study(
@@ -106,42 +97,11 @@ def shared_config(study: Study, plan: dict[str, Any]) -> dict[str, Any]:
     return {**method, **training, **config, **{f"data: {part}": digest for part, digest in prints.items()}}
 
 
-def read_plan(folder: Path) -> tuple[Study, dict[str, Any]]:
-    """The study of a folder of results, and what its runs are found by. Raises `LedgerError` where there is none."""
-    path = expanded(folder) / "study.json"
-    plan = read_json(path)
-    wrong = [".".join(keys) for keys, kind in PLAN.items() if not isinstance(within(plan, keys), kind)]
-    if wrong:
-        raise LedgerError(
-            f"{path} is damaged: {wrong[0]} is missing or of another type; remove it, and the same bench makes it again"
-        )
-    try:
-        study = Study.from_dict(plan["study"])
-        study.arms()
-    except (StudyError, ArmError) as error:
-        raise LedgerError(f"{path} is damaged: {error}; remove it, and the same bench makes it again") from error
-    return study, plan
-
-
 def remaining(study: Study, plan: dict[str, Any], ledger: Ledger) -> list[Job]:
     """The jobs that can be done, and are not. Costs come when all else is there: a clock wants a quiet machine."""
     rates = chosen_rates(study, plan, ledger)
     todo = [job for job in jobs(study, rates) if ledger.read(run_id(job_config(study, job, plan))) is None]
     return [job for job in todo if job.kind != "cost"] or todo
-
-
-def chosen_rates(study: Study, plan: dict[str, Any], ledger: Ledger) -> dict[str, float | None]:
-    """Arm -> the rate with the lowest validation loss, None if all failed. Left out: arms that are not tried at all
-    rates yet."""
-    found: dict[str, float | None] = {}
-    for arm in study.arms():
-        tried = {lr: ledger.figures(run_id(job_config(study, Job("tune", arm, lr), plan))) for lr in study.grid(arm)}
-        records = {lr: record for lr, record in tried.items() if record is not None}
-        if len(records) == len(tried):
-            done = {lr: record for lr, record in records.items() if record["status"] == DONE}
-            losses = {lr: record["losses_after"]["validation"] for lr, record in done.items()}
-            found[arm.name] = min(losses, key=losses.__getitem__) if losses else None
-    return found
 
 
 def do_one(todo: list[Job], bench: Workbench, plan: dict[str, Any], ledger: Ledger) -> bool:

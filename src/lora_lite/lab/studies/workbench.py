@@ -15,15 +15,13 @@ from lora_lite.errors import LoraLiteError
 from lora_lite.lab.models.devices import pick_device, pick_dtype
 from lora_lite.lab.models.load import load_model
 from lora_lite.lab.provenance import base_print, provenance
-from lora_lite.lab.studies.study import Job, Study
+from lora_lite.lab.studies.study import Study
 from lora_lite.lab.tasks.catalogue import load_task
 from lora_lite.lab.tasks.corpora import general_text
 from lora_lite.lab.tasks.task import Example, Task, fingerprint, require_sound_key
 from lora_lite.lab.terminal import note
-from lora_lite.lab.training.config import CALIBRATION_BATCHES
 from lora_lite.lab.training.data import Encoded, answer_budget, encode, text_windows
 from lora_lite.lab.training.evaluate import Evaluation, answer_loss_of, evaluate, text_loss
-from lora_lite.lab.training.run import needs_data
 from lora_lite.lab.training.trackers import Trackers
 
 DATA_SEED = 0
@@ -153,34 +151,6 @@ def open_workbench(study: Study) -> Workbench:
         study, device, dtype, model, tokenizer, task, encoded["train"], encoded["validation"], parts["test"], windows,
         encoded["other"], budget, prints, sources, partial(Trackers, (), device=device),
     )  # fmt: skip
-
-
-def job_config(study: Study, job: Job, plan: dict[str, Any]) -> dict[str, Any]:
-    """All that a job's result depends on, as plain data: its hash names the run.
-
-    plan: `prints`, `dtype`, `device` and `max_new_tokens`, as `plan_of` gives them. Names, notes and how often
-    checkpoints are written are left out; so a study can grow, and keep what it has.
-    """
-    used = {"base": ("base", "validation", "test", "general", "other"), "tune": ("base", "train", "validation")}
-    prints = {key: plan["prints"][key] for key in used.get(job.kind, plan["prints"])}
-    config: dict[str, Any] = {
-        "kind": job.kind, "model": study.model, "quantization": study.quantization, "dtype": plan["dtype"],
-        "device": plan["device"],
-    }  # fmt: skip
-    if job.kind == "cost":
-        prints = {"base": plan["prints"]["base"]}
-    else:
-        config |= {"task": study.task, "max_length": study.max_length}
-    if job.kind in ("base", "seed"):
-        config |= {"max_new_tokens": plan["max_new_tokens"]}
-    if job.arm is not None:
-        config["methods"] = study.described(job.arm, job.seed)
-        if study.calibration_batches != CALIBRATION_BATCHES and needs_data(job.arm.configs):
-            config["calibration_batches"] = study.calibration_batches
-    if job.kind in ("tune", "seed"):
-        training = dataclasses.asdict(dataclasses.replace(study.training, lr=job.lr, seed=job.seed))
-        config["training"] = {key: value for key, value in training.items() if key != "save_every"}
-    return {**config, "prints": prints}
 
 
 def plan_of(bench: Workbench) -> dict[str, Any]:
