@@ -49,7 +49,7 @@ def test_missing_values_come_last_either_way_and_say_why(browser: Browser, folde
             assert column(page, "accuracy") == ["65.5%", "—", "—"]
         dash = page.locator("#arm-rows tr", has_text="dora").locator("td").first
         assert dash.get_attribute("title") == (
-            "no accuracy measured yet; still missing: learning rates 2e−4, 4e−4 not tried yet; "
+            "no accuracy measured yet; still missing: learning rates 0.0002, 0.0004 not tried yet; "
             "seeds 1, 2, 3 not measured yet"
         )
         assert "not measured yet" in (page.locator("td.none").last.get_attribute("title") or "")
