@@ -230,4 +230,4 @@ def forgot(arm: Finding, name: str) -> Cell:
 def failures(arm: Finding) -> Cell:
     """How many."""
     count, why = len(arm.failures), "\n".join(map(sentences.failed, arm.failures))
-    return Cell(str(count), float(count), title=why, mark="flag" if count else "")
+    return Cell(str(count), float(count), title=why, mark="flag" if count else "", line=str(count or DASH))
