@@ -19,8 +19,7 @@ import torch
 import lora_lite as ll
 from lora_lite.cli import facts
 from lora_lite.lab.findings.analysis import analyse
-from lora_lite.lab.findings.findings import Findings
-from lora_lite.lab.report import tables
+from lora_lite.lab.report import columns, sentences, tables
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "lora_lite"
@@ -29,6 +28,8 @@ PAGES = [
     *(ROOT / "docs" / f"{name}.md" for name in ("s-space", "lab", "methods", "architecture", "api")),
 ]
 LINE = 88  # characters of a line in the tree, without its name
+DOC_GROUPS = (columns.RESULT, columns.STANDING, columns.TRAINING, columns.TIME, columns.FORGETTING)
+UNSHOWN = {"task", "fingerprints"}  # settings that the command says, or that nobody reads
 WIDTH = 1024  # of the layer whose trained values the table of methods counts
 
 
@@ -145,9 +146,9 @@ def levels() -> str:
         parts = file.relative_to(SOURCE).with_suffix("").parts
         name = "lora_lite" if parts == ("__init__",) else room(parts)
         text = file.read_text()
-        found = re.findall(r"^\s*from lora_lite(?: import |\.)([\w.]+)", text, flags=re.MULTILINE)
+        imported = re.findall(r"^\s*from lora_lite(?: import |\.)([\w.]+)", text, flags=re.MULTILINE)
         whole = {"lora_lite"} if re.search(r"^\s*import lora_lite\b", text, flags=re.MULTILINE) else set()
-        below.setdefault(name, set()).update(whole, (room(tuple(each.split("."))) for each in found))
+        below.setdefault(name, set()).update(whole, (room(tuple(each.split("."))) for each in imported))
 
     def level(name: str, path: tuple[str, ...] = ()) -> int:
         if name in path:
@@ -205,36 +206,36 @@ def demo() -> str:
 
 def spectra() -> str:
     """How much of a layer's output a few directions carry."""
-    found = result("pictures")["spectra"]
+    its = result("pictures")["spectra"]
     return (
-        f"In `{found['layer']}` of SmolLM2-135M, {found['kept']} directions carry {found['svd']:.0%} of the energy of "
-        f"the layer's outputs on the demo's task if chosen by singular value, {found['wanda']:.0%} if chosen by use, "
-        f"and {found['corda']:.0%} if oriented by the data. (It is what they carry, not what is worth training: a "
+        f"In `{its['layer']}` of SmolLM2-135M, {its['kept']} directions carry {its['svd']:.0%} of the energy of "
+        f"the layer's outputs on the demo's task if chosen by singular value, {its['wanda']:.0%} if chosen by use, "
+        f"and {its['corda']:.0%} if oriented by the data. (It is what they carry, not what is worth training: a "
         "direction that carries little may be the one to change.)"
     )
 
 
 def gains() -> str:
     """What the demo's gains became."""
-    found = result("pictures")["gains"]
+    its = result("pictures")["gains"]
     return (
-        f"After `make demo METHOD=antipasto`, {found['moved']:.0%} of the {found['gains']:,} gains differ from 1 by "
-        f"more than 0.05; they lie between {found['smallest']:.2f} and {found['largest']:.2f}."
+        f"After `make demo METHOD=antipasto`, {its['moved']:.0%} of the {its['gains']:,} gains differ from 1 by "
+        f"more than 0.05; they lie between {its['smallest']:.2f} and {its['largest']:.2f}."
     )
 
 
 def sspace_costs() -> str:
     """The benchmark's lines."""
-    found = result("benchmark-sspace")
-    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    bench = result("benchmark-sspace")
+    versions = ", ".join(f"{name} {number}" for name, number in bench["versions"].items())
     lines = [
-        f"`{found['command']}`, {found['device']}, {found['cores']} cores, {versions}; median ratio of the rounds "
+        f"`{bench['command']}`, {bench['device']}, {bench['cores']} cores, {versions}; median ratio of the rounds "
         "[quartiles]:",
         "",
         "| ratio | measured | wanted |",
         "|---|---|---|",
     ]
-    for line in found["lines"]:
+    for line in bench["lines"]:
         spread = f" [{line['low']:.3g}, {line['high']:.3g}]" if "low" in line else ""
         wanted = "" if line["ok"] is None else f"at most {line['at_most']:.3g}: {'kept' if line['ok'] else 'missed'}"
         lines.append(f"| {line['what']} | {line['value']:.3g}{spread} | {wanted} |")
@@ -243,35 +244,32 @@ def sspace_costs() -> str:
 
 def steering() -> str:
     """What turning the embedded model does."""
-    found = result("steering")
+    bench = result("steering")
     lines = [
-        f"On SmolLM2-135M, from {found['pairs']} pairs of statements, six layers, tried on {found['held_out']} other "
+        f"On SmolLM2-135M, from {bench['pairs']} pairs of statements, six layers, tried on {bench['held_out']} other "
         "prompts: the mean log-probability of positive continuations less that of negative ones, and the loss on plain "
         "text, in nats:",
         "",
         "| c | preference, signed gate | loss | preference, absolute gate | loss |",
         "|---|---|---|---|---|",
     ]
-    for signed, absolute in zip(found["gates"]["signed"], found["gates"]["absolute"], strict=True):
+    for signed, absolute in zip(bench["gates"]["signed"], bench["gates"]["absolute"], strict=True):
         cells = [f"{row['preference']:+.2f} | {row['loss']:.3f}" for row in (signed, absolute)]
         lines.append(f"| {signed['c']:+.0f} | {cells[0]} | {cells[1]} |")
     return "\n".join(lines)
 
 
 def study_of(name: str) -> str:
-    """What a committed study found: its question, its table, what it lacks, and where it was measured."""
-    found = analyse(ROOT / "results" / name)
-    setup = "; ".join(f"{label}: {value}" for label, value in found.setup.items() if label != "data")
-    about = tables.as_markdown(f"{tables.headline(found)}. {setup}.")
-    lines = [found.about, "", f"`{found.command}`, {about}", "", tables.markdown(found), ""]
-    lines += [*(f"- {note}" for note in found.notes), "", *lacks(found)]
-    lines += [f"Failed: {words}." for words in found.failures]
-    return "\n".join([*lines, "", *(f"- {machine}" for machine in found.machines)])
-
-
-def lacks(found: Findings) -> list[str]:
-    """What a study still lacks."""
-    return [f"**Not whole yet**: {'; '.join(found.missing)}.", ""] if found.missing else []
+    """What a committed study found: the decision and the table, its question and settings, caveats, and machines."""
+    findings = analyse(ROOT / "results" / name)
+    setup = "; ".join(f"{label}: {value}" for label, value in sentences.setup(findings).items() if label not in UNSHOWN)
+    about = tables.as_markdown(f"{sentences.headline(findings)}. {setup}.")
+    lines = [tables.markdown(findings, DOC_GROUPS), "", *(f"- {note}" for note in sentences.caveats(findings)), ""]
+    lines += [findings.about, "", f"`{findings.command}`", "", about, ""]
+    if missing := sentences.missing(findings):
+        lines += [f"**Not finished**: {'; '.join(missing)}.", ""]
+    lines += [f"Failed: {failure}." for failure in sentences.failures(findings)]
+    return "\n".join([*lines, *(f"- {sentences.machine(each)}" for each in findings.machines)])
 
 
 def study_methods() -> str:
@@ -286,7 +284,7 @@ def study_gsm8k() -> str:
 
 def verdicts() -> str:
     """How often verdicts on made-up studies are wrong, or find what is there."""
-    found = result("verdicts")
+    table = result("verdicts")
     now, plain, before = "after", "pooled t, Dunnett", "before"
     head = "| arms | seeds | accuracy | seeds' SD, points | false better or worse | a place falsely lost | "
     head += "difference within its 95% interval | false verdicts of a plain pooled t-test | false verdicts before |"
@@ -295,7 +293,7 @@ def verdicts() -> str:
         ["| arms | seeds | one arm of | found | by a plain pooled t-test | before |"],
     )
     power.append("|" + "---|" * 6)
-    for line in found["lines"]:
+    for line in table["lines"]:
         cells = line["found"]
         if line["better"]:
             row = [line["arms"], line["seeds"], f"{line['base']:g}% truly {line['better']:+g} points"]
@@ -305,11 +303,11 @@ def verdicts() -> str:
             kinds = ("wrong verdict", "pair separated", "alone covers")
             ours = [figure(cells[now].get(kind)) for kind in kinds]
             error.append(_row([*row, *ours, *(figure(cells[name].get("wrong verdict")) for name in (plain, before))]))
-    studies = {line["found"][now]["studies"] for line in found["lines"]}
-    earlier = {line["found"][before]["studies"] for line in found["lines"]}
+    studies = {line["found"][now]["studies"] for line in table["lines"]}
+    earlier = {line["found"][before]["studies"] for line in table["lines"]}
     about = (
-        f"`{found['command']}`, {min(studies):,} to {max(studies):,} studies a line ({min(earlier)} to {max(earlier)} "
-        f"for the former verdicts), {found['items']} items each; percent of studies, with the standard error:"
+        f"`{table['command']}`, {min(studies):,} to {max(studies):,} studies a line ({min(earlier)} to {max(earlier)} "
+        f"for the former verdicts), {table['items']} items each; percent of studies, with the standard error:"
     )
     return "\n".join([about, "", *error, "", *power])
 
@@ -318,16 +316,16 @@ def _row(cells: list[object]) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def figure(found: dict[str, float] | None) -> str:
+def figure(share: dict[str, float] | None) -> str:
     """A figure of the simulation with its Monte-Carlo error."""
-    return f"{found['percent']:.1f} ± {found['error']:.1f}" if found else "-"
+    return f"{share['percent']:.1f} ± {share['error']:.1f}" if share else "-"
 
 
-def values(found: float | list[float], unit: str = "") -> str:
+def values(value: float | list[float], unit: str = "") -> str:
     """One value, or those of the arms in turn, repetitions counted."""
-    listed = found if isinstance(found, list) else [found]
-    groups = [(value, len(list(same))) for value, same in itertools.groupby(listed)]
-    return ", ".join(f"{value:g}{unit}" + (f" ({count} arms)" if count > 1 else "") for value, count in groups)
+    listed = value if isinstance(value, list) else [value]
+    groups = [(each, len(list(same))) for each, same in itertools.groupby(listed)]
+    return ", ".join(f"{each:g}{unit}" + (f" ({count} arms)" if count > 1 else "") for each, count in groups)
 
 
 PARTS = {
@@ -345,7 +343,7 @@ def render(text: str) -> str:
         pattern = rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)"
         if re.search(pattern, text, flags=re.DOTALL):
             part = make()
-            text = re.sub(pattern, lambda found, part=part: f"{found[1]}{part}\n{found[2]}", text, flags=re.DOTALL)
+            text = re.sub(pattern, lambda marks, part=part: f"{marks[1]}{part}\n{marks[2]}", text, flags=re.DOTALL)
     return text
 
 

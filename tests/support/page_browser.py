@@ -20,6 +20,7 @@ STUDIES = {
     "nothing": studies.nothing,
     "nasty": studies.nasty,
     "thin": studies.thin,
+    "unlearnt": studies.unlearnt,
     "single": lambda: studies.whole({"lora": studies.ARMS["lora"]}),
 }
 
@@ -53,11 +54,11 @@ def page_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str,
 
 @contextmanager
 def opened(
-    browser: Browser, folder: Path, width: int = 1280, scheme: str = "light", scripts: bool = True
+    browser: Browser, folder: Path, width: int = 1280, scheme: str = "light", scripts: bool = True, height: int = 900
 ) -> Iterator[Page]:
     """The page in a window; leaving it checks that it asked for nothing else and that nothing went wrong."""
     context = browser.new_context(
-        viewport={"width": width, "height": 900}, color_scheme=scheme, java_script_enabled=scripts, offline=True
+        viewport={"width": width, "height": height}, color_scheme=scheme, java_script_enabled=scripts, offline=True
     )  # pyright: ignore
     page = context.new_page()
     page.set_default_timeout(10_000)

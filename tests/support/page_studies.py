@@ -3,7 +3,19 @@
 import dataclasses
 import random
 
-from lora_lite.lab.findings.findings import Change, Cost, Finding, Findings, Item, Reply
+from lora_lite.lab.findings.findings import (
+    BASE,
+    Change,
+    Cost,
+    Failure,
+    Finding,
+    Findings,
+    Item,
+    Machine,
+    Missing,
+    Reply,
+    Setup,
+)
 from lora_lite.lab.numerals import Interval
 
 BASE_MACS = 134_000_000
@@ -27,6 +39,13 @@ ARMS = {
     "antipasto_dplr": (0.649, 910_000, 160_300_000, 78_900_000, 1.58),
     "antipasto_arrow": (0.628, 61_440, 157_000_000, 78_100_000, 1.47),
 }
+
+
+SETUP = Setup(
+    examples=192, too_long=0, empty=0, validation_examples=64, rates=3, rate_ratio=4.0, rate_factor=5.0, warmup=0.1,
+    final_rate=0.05, clip=1.0, seeds=3, longest_example=512, longest_reply=19, layers=None,
+    targets=("reader", "writer"), own_targets=("ia3",), workload=None, fingerprints={"test": "0123456789abcdef"},
+)  # fmt: skip
 
 
 def interval(draw: random.Random, mean: float, half: float) -> Interval:
@@ -81,22 +100,22 @@ def finding(arm: str, facts: tuple, seeds: int = 3, steps: int = 120) -> Finding
             "gcd": Change(1.204, interval(draw, 1.204 + draw.uniform(-0.1, 0.1), 0.05)),
         },
         cost=cost(draw, facts, method in ("eva", "antipasto_corda", "antipasto_asvd")),
-        failures=("rate 0.0006, seed 0: LoraLiteError: the loss is not finite at step 41",) if arm == "hra" else (),
+        failures=(Failure(arm, "rate", "LoraLiteError: not finite at step 41", 6e-4),) if arm == "hra" else (),
     )  # fmt: skip
 
 
 def placed(arms: list[Finding]) -> tuple[Finding, ...]:
     """With the places that the intervals allow, in the order that `Findings` asks for."""
     known = [arm for arm in arms if arm.accuracy]
-    found = []
+    ranked = []
     for arm in arms:
         places = None
         if arm.accuracy:
             above = sum(other.accuracy.low > arm.accuracy.high for other in known if other.accuracy)
             below = sum(other.accuracy.high < arm.accuracy.low for other in known if other.accuracy)
             places = (above + 1, len(known) - below)
-        found.append(dataclasses.replace(arm, places=places))
-    return tuple(sorted(found, key=lambda arm: (arm.places or (99, 99), arm.arm)))
+        ranked.append(dataclasses.replace(arm, places=places))
+    return tuple(sorted(ranked, key=lambda arm: (arm.places or (99, 99), arm.arm)))
 
 
 def items(arms: list[str], count: int = 4) -> tuple[Item, ...]:
@@ -117,7 +136,7 @@ def whole(names: dict[str, tuple] | None = None) -> Findings:
     names = ARMS if names is None else names
     arms = placed([finding(arm, facts) for arm, facts in names.items()])
     bare = dataclasses.replace(
-        finding("lora", ARMS["lora"]), arm="base", method="base", title="the frozen base", arxiv="", seeds=(), rates={},
+        finding("lora", ARMS["lora"]), arm=BASE, method=BASE, title="the frozen base", arxiv="", seeds=(), rates={},
         wanted_seeds=0, rate=None, edge="", accuracy=Interval(0.02, 0.004, 0.047), by_seed={}, against=None, verdict="",
         p=None, places=None, mentioned=0.031, cut_off=0.44, validation_loss=Interval(2.31, 2.31, 2.31), curves={},
         forgetting={"general text": Change(3.412, Interval(3.412, 3.412, 3.412))}, cost=None, failures=(),
@@ -126,11 +145,10 @@ def whole(names: dict[str, tuple] | None = None) -> Findings:
         name="catalogue", about="Which method learns to reverse lists of words best, at an equal budget?",
         task=r"word_sequence_reversal:drop=^.*after the comma\.\s*,min_words=3,max_words=5", model="smollm2",
         quantization="none", dtype="float32", baseline="lora", items=150, steps=120, batch_size=8,
-        setup={"learning rates": "3 a method, around its default", "seeds": "3", "targets": "readers and writers"},
+        setup=SETUP,
         base=bare, arms=arms, examples=items(["base", *names]),
-        notes=("One task and one small model: another may order the methods otherwise.",), missing=(),
-        failures=tuple(f"{arm.arm}: {reason}" for arm in arms for reason in arm.failures),
-        machines=("AMD EPYC, 2 cores (2 threads), torch 2.13.0+cpu, transformers 5.23.0, commit 81f7d12",),
+        task_notes=("One task and one small model: another may order the methods otherwise.",),
+        machines=(Machine(9, "AMD EPYC, 2 cores (2 threads)", "Linux x86_64", {"torch": "2.13.0"}, "81f7d12", False),),
         command="lora-lite study catalogue --out results/catalogue",
     )  # fmt: skip
 
@@ -146,12 +164,13 @@ def partial() -> Findings:
     arms = []
     for arm in study.arms:
         if arm.arm == "dora":
-            arm = dataclasses.replace(arm, **nothing, rates={1e-4: 1.3}, missing=("2 of 3 rates", "3 seeds"))
+            arm = dataclasses.replace(
+                arm, **nothing, rates={1e-4: 1.3}, missing=Missing("dora", (2e-4, 4e-4), seeds=(1, 2, 3))
+            )
         elif arm.arm == "ia3":
-            arm = dataclasses.replace(arm, **nothing, rates={}, missing=("3 rates", "3 seeds"))
+            arm = dataclasses.replace(arm, **nothing, rates={}, missing=Missing("ia3", (1e-4, 2e-4, 4e-4)))
         arms.append(dataclasses.replace(arm, cost=None))
-    missing = ("dora: 2 of 3 rates, 3 seeds", "ia3: 3 rates, 3 seeds", "the bare base")
-    return dataclasses.replace(study, arms=tuple(arms), base=None, missing=missing, examples=())
+    return dataclasses.replace(study, arms=tuple(arms), base=None, examples=())
 
 
 def nothing() -> Findings:
@@ -180,11 +199,13 @@ def nasty() -> Findings:
             arms[index] = dataclasses.replace(arm, arm=name, title=attack, validation_loss=strange, rates=rates)
         if arm.arm == "road":
             curves = {0: [float("nan")] * 30, 1: [1.0, float("inf"), 0.5]}
-            arms[index] = dataclasses.replace(arm, arxiv="javascript:alert(1)", curves=curves, failures=(attack,))
+            failures = (Failure("road", "seed", attack, 1),)
+            arms[index] = dataclasses.replace(arm, arxiv="javascript:alert(1)", curves=curves, failures=failures)
     return dataclasses.replace(
-        study, name=attack, about=attack, setup={attack: attack}, notes=(attack,), missing=(attack,),
-        machines=(attack,), command=attack, failures=(attack,), arms=tuple(arms),
-        examples=(Item(attack, attack, replies),),
+        study, name=attack, about=attack, setup=dataclasses.replace(SETUP, targets=(attack,)), task_notes=(attack,),
+        machines=(Machine(1, attack, attack, {attack: attack}, "", True),), command=attack, task=attack,
+        arms=tuple(arms), examples=(Item(attack, attack, replies),), cost_devices=(attack, "another"),
+        base_failure=Failure(BASE, "base", attack),
     )  # fmt: skip
 
 
@@ -215,6 +236,14 @@ def thin() -> Findings:
         dataclasses.replace(arm, validation_loss=Interval(2.661, -4.862, 10.184)) if arm.arm == "dora" else arm
         for arm in arms
     ]
-    setup = study.setup | {"times and memory": "4 texts of 64 tokens on one thread, median of 7 rounds"}
-    notes = ("The rate chosen for 2 of 4 arms is an end of its grid (dora, lora).", "Costs are of 2 machines.")
-    return dataclasses.replace(study, arms=tuple(arms), setup=setup, notes=notes)
+    setup = dataclasses.replace(SETUP, workload=(4, 64, 7))
+    return dataclasses.replace(study, arms=tuple(arms), setup=setup, task_notes=("A note of the task.",))
+
+
+def unlearnt() -> Findings:
+    """Trained, and no arm above the base."""
+    study = whole({arm: ARMS[arm] for arm in ("lora", "ia3", "antipasto")})
+    low = Interval(0.03, 0.01, 0.08)
+    arms = [dataclasses.replace(arm, accuracy=low, verdict=arm.verdict and "tie") for arm in study.arms]
+    arms = [dataclasses.replace(arm, verdict="baseline") if arm.arm == "lora" else arm for arm in arms]
+    return dataclasses.replace(study, arms=tuple(arms))

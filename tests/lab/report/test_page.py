@@ -8,6 +8,7 @@ from playwright.sync_api import Browser
 
 import page_studies as studies
 from lora_lite.lab.findings.findings import Findings
+from lora_lite.lab.report import sentences
 from lora_lite.lab.report.page import write_page
 from page_browser import STUDIES, opened, page_folders, shared_browser  # noqa: F401
 
@@ -119,14 +120,14 @@ def test_what_comes_from_outside_is_text(browser: Browser, folders: dict[str, Pa
 
 def test_what_is_missing_is_said(browser: Browser, folders: dict[str, Path]) -> None:
     with opened(browser, folders["partial"]) as page:
-        assert page.locator(".missing li").all_inner_texts() == list(studies.partial().missing)
-        assert "1 of 3 arms measured, 3 of 9 seeds" in page.locator("header").inner_text()
+        assert page.locator(".missing li").all_text_contents() == list(sentences.missing(studies.partial()))
+        assert "1 of 3 arms measured, 3 of 9 seeds" in page.locator("caption").inner_text()
         assert "No cost is measured yet." in page.locator("main").inner_text()
     with opened(browser, folders["whole"]) as page:
         failed = page.locator(".failures li").all_text_contents()
-        assert failed == ["hra: rate 0.0006, seed 0: LoraLiteError: the loss is not finite at step 41"]
+        assert failed == ["hra: learning rate 0.0006: LoraLiteError: not finite at step 41"]
         assert page.locator(".missing").count() == 0
-        assert "Against lora, of 5 other arms:" in page.locator("header").inner_text()
+        assert "Of the 5 other arms, none is better" in page.locator(".decision").inner_text()
 
 
 def test_files_are_replaced_and_nothing_is_left_behind(tmp_path: Path) -> None:
@@ -134,6 +135,7 @@ def test_files_are_replaced_and_nothing_is_left_behind(tmp_path: Path) -> None:
     paths = write_page(studies.nothing(), tmp_path)
     assert [path.name for path in paths] == [
         "index.html",
+        "accuracy.png",
         "accuracy-parameters.png",
         "accuracy-macs.png",
         "learning-curves.png",
@@ -154,27 +156,69 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     assert (tmp_path / "page").read_text() == "mine"
 
 
-def test_the_top_counts_arms_at_the_edge_of_their_grids(browser: Browser, folders: dict[str, Path]) -> None:
-    with opened(browser, folders["thin"]) as page:
-        said = page.locator("header").inner_text()
-        assert "Against lora, of 3 other arms: 1 worse, 1 not separated from it (1 at the grid's edge), 1 " in said
-        assert "2 of 4 tuned arms (lora, the baseline, is among them) did best at the lowest or the highest" in said
-        assert "differences may be of the grid rather than of the methods" in said
+def test_the_decision_comes_first_and_the_table_right_below_the_picture(
+    browser: Browser, folders: dict[str, Path]
+) -> None:
+    """Without scrolling, on a desk and on a telephone: what was found, its picture, and the head of the table."""
+    for name in ("whole", "thin", "unlearnt"):
+        for width, height in ((1280, 900), (390, 844)):
+            with opened(browser, folders[name], width, height=height) as page:
+                sentence, picture, table = (
+                    page.locator(selector).bounding_box()
+                    for selector in (".decision", ".overview svg:visible", "#arms")
+                )
+                assert sentence and picture and table
+                assert sentence["y"] < 130 and sentence["y"] + sentence["height"] <= picture["y"] + 1
+                assert picture["y"] + picture["height"] <= height
+                assert 0 <= table["y"] - (picture["y"] + picture["height"]) < 60 and table["y"] < height - 60
+                assert page.locator("thead th[scope=col]:visible").count() <= 6
+                assert page.locator("details[open]:not(.item)").count() == 0
+
+
+@pytest.mark.slow
+def test_many_arms_fit_above_the_fold(browser: Browser, tmp_path: Path) -> None:
+    write_page(studies.many(), tmp_path)
+    for width, height in ((1280, 900), (390, 844)):
+        with opened(browser, tmp_path, width, height=height) as page:
+            picture = page.locator(".overview svg:visible").bounding_box()
+            assert picture and picture["y"] + picture["height"] <= height
+
+
+def test_a_page_on_which_nothing_was_learnt_says_so_first(browser: Browser, folders: dict[str, Path]) -> None:
+    with opened(browser, folders["unlearnt"]) as page:
+        assert page.locator("header p").nth(1).inner_text().startswith("Nothing was learnt: no arm answers")
+    with opened(browser, folders["nothing"]) as page:
+        assert page.locator("header p").nth(1).inner_text() == "Nothing is measured yet."
+        assert page.locator(".overview").count() == 0
+
+
+def test_the_table_has_a_caption_and_a_link_skips_to_it(browser: Browser, folders: dict[str, Path]) -> None:
+    with opened(browser, folders["whole"]) as page:
+        assert "word sequence reversal" in page.locator("#arms caption").inner_text()
+        assert "drop=" not in page.locator("header").inner_text()
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.textContent") == "Skip to the table"
+        assert page.evaluate("document.activeElement.getBoundingClientRect().left") >= 0
+        page.keyboard.press("Enter")
+        assert page.evaluate("document.activeElement.id") == "results"
 
 
 def test_it_says_what_intervals_cover_and_what_a_tie_may_look_like(browser: Browser, folders: dict[str, Path]) -> None:
     with opened(browser, folders["thin"]) as page:
-        said = " ".join(page.locator(".reading").inner_text().split())
+        said = " ".join((page.locator(".reading").text_content() or "").split())
         assert "for arms with one seed (hra), test items only: another seed may give another number" in said
-        assert "just where the interval of the difference leaves out zero" in said and "Holm" not in said
-        assert "With one seed, the bars of hra cover test items only." in page.locator("figcaption").first.inner_text()
+        assert "only if the interval of the difference leaves out zero" in said
+        assert (
+            "With one seed, the bars of hra cover test items only."
+            in page.locator(".scatter figcaption").first.text_content()
+        )
 
 
 def test_workload_and_caveats_stand_where_they_are_needed(browser: Browser, folders: dict[str, Path]) -> None:
     study = STUDIES["thin"]()
     with opened(browser, folders["thin"]) as page:
         costs = page.locator("section[aria-labelledby=costs]")
-        assert costs.locator(".workload").inner_text() == f"Times and memory: {study.setup['times and memory']}"
-        assert page.locator(".notes li").all_inner_texts() == list(study.notes)
+        assert "Times and memory: 4 x 64 random tokens, medians of 7 rounds" in costs.locator(".workload").inner_text()
+        assert page.locator(".notes li").all_inner_texts() == list(sentences.caveats(study))
     with opened(browser, folders["whole"]) as page:
         assert page.locator(".workload").count() == 0

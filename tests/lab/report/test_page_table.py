@@ -5,19 +5,22 @@ from pathlib import Path
 from playwright.sync_api import Browser, Locator, Page
 
 from page_browser import FEW, column, opened, page_folders, shared_browser  # noqa: F401
+from page_studies import ARMS
 
 
 def test_a_click_on_a_header_sorts_by_numbers(browser: Browser, folders: dict[str, Path]) -> None:
+    trained = {arm: ARMS[arm][1] for arm in FEW}
     with opened(browser, folders["whole"]) as page:
         header = page.locator("#arms th", has_text="trained parameters")
         header.get_by_role("button").click()
         assert header.get_attribute("aria-sort") == "ascending"
-        values = [int(text.replace(",", "")) for text in column(page, "trained parameters")]
+        values = [trained[name] for name in column(page, "arm")]
         assert values == sorted(values) and len(set(values)) > 3
-        assert values != sorted(values, key=str)  # as text they would be in another order
+        shown = column(page, "trained parameters")
+        assert shown != sorted(shown)  # as text they would be in another order
         header.get_by_role("button").click()
         assert header.get_attribute("aria-sort") == "descending"
-        assert [int(text.replace(",", "")) for text in column(page, "trained parameters")] == values[::-1]
+        assert [trained[name] for name in column(page, "arm")] == values[::-1]
         page.locator("#arms th", has_text="difference to lora").get_by_role("button").click()  # best first
         differences = [float(text.replace("−", "-")) for text in column(page, "difference to lora")]
         assert differences == sorted(differences, reverse=True) and sum(value < 0 for value in differences) > 2
@@ -45,12 +48,16 @@ def test_missing_values_come_last_either_way_and_say_why(browser: Browser, folde
             button.click()
             assert column(page, "accuracy") == ["65.5%", "—", "—"]
         dash = page.locator("#arm-rows tr", has_text="dora").locator("td").first
-        assert dash.get_attribute("title") == "no accuracy measured yet; still missing: 2 of 3 rates, 3 seeds"
+        assert dash.get_attribute("title") == (
+            "no accuracy measured yet; still missing: learning rates 0.0002, 0.0004 not tried yet; "
+            "seeds 1, 2, 3 not measured yet"
+        )
         assert "not measured yet" in (page.locator("td.none").last.get_attribute("title") or "")
 
 
 def test_rows_are_filtered_by_words_and_by_verdict(browser: Browser, folders: dict[str, Path]) -> None:
     with opened(browser, folders["whole"]) as page:
+        page.locator("#choices summary").click()
         page.fill("#find", "ANTI asvd")
         assert column(page, "arm") == ["antipasto_asvd"]
         assert page.locator("#arm-count").inner_text() == "1 of 6 arms"
@@ -87,6 +94,7 @@ def shown_groups(page: Page) -> list[str]:
 
 def everything(page: Page) -> None:
     """Switch every group of columns on."""
+    page.evaluate("document.getElementById('choices').open = true")
     for choice in page.locator("#group-controls input").all():
         choice.check()
 
@@ -97,24 +105,24 @@ def in_rows(page: Page, selector: str) -> dict[str | None, Locator]:
     return {row.locator("th").get_attribute("data-sort"): row.locator(selector) for row in rows}
 
 
-GROUPS = ["Result", "Cost", "Replies", "Training", "Time and memory", "Forgetting"]
+GROUPS = ["Result", "Places and seeds", "Training", "Replies", "Time and memory", "Forgetting"]
 
 
 def test_what_is_shown_at_first_fits_a_desk(browser: Browser, folders: dict[str, Path]) -> None:
     for name in ("whole", "thin"):
         with opened(browser, folders[name]) as page:
-            assert shown_groups(page) == ["Result", "Cost"]
+            assert shown_groups(page) == ["Result"]
             assert overflow(page) == 0
             assert page.locator("#scroll-hint").is_hidden()
-            for label in ("accuracy", "verdict", "seeds", "trained parameters", "file", "added MACs a token"):
+            for label in ("accuracy", "verdict", "trained parameters", "file"):
                 box = page.locator("#arms th[scope=col]", has_text=label).first.bounding_box()
                 assert box and box["x"] + box["width"] <= 1280
 
 
 def test_groups_of_columns_are_switched_on_and_off(browser: Browser, folders: dict[str, Path]) -> None:
     with opened(browser, folders["whole"]) as page:
-        assert [text.strip() for text in page.locator("#group-controls label").all_inner_texts()] == GROUPS
         everything(page)
+        assert [text.strip() for text in page.locator("#group-controls label").all_inner_texts()] == GROUPS
         assert shown_groups(page) == GROUPS
         assert overflow(page) > 0 and page.locator("#scroll-hint").is_visible()
         page.get_by_role("checkbox", name="Result").uncheck()
@@ -130,7 +138,8 @@ def test_no_order_is_left_by_a_column_out_of_sight(browser: Browser, folders: di
         before = column(page, "arm")
         page.locator("#arms th", has_text="trained parameters").get_by_role("button").click()
         assert column(page, "arm") != before
-        page.get_by_role("checkbox", name="Cost").uncheck()
+        page.locator("#choices summary").click()
+        page.get_by_role("checkbox", name="Result").uncheck()
         assert column(page, "arm") == before and page.locator("[aria-sort]").count() == 0
 
 
@@ -149,8 +158,8 @@ def test_a_telephone_shows_the_outcome_without_scrolling(browser: Browser, folde
         }
         said = {name: " ".join(gist.inner_text().split()) for name, gist in gists.items()}
         assert said == {
-            "lora": "◆ baseline, place 1–4, at the grid's edge",
-            "dora": "● tie, place 1–4, at the grid's edge",
+            "lora": "◆ baseline, place 1–4, highest rate tried",
+            "dora": "● tie, place 1–4, lowest rate tried",
             "hra": "needs two seeds, place 1–4, 1 of 3 seeds",
             "road": "▼ worse, place 1–4",
         }
@@ -175,13 +184,14 @@ def test_verdicts_say_where_the_rate_is_at_the_edge(browser: Browser, folders: d
         }
         said = {name: cell.inner_text().split("\n") for name, cell in cells.items()}
         assert said == {
-            "lora": ["◆ baseline", "at the grid's edge"],
-            "dora": ["● tie", "sees 50.0", "at the grid's edge"],
+            "lora": ["◆ baseline", "highest rate tried"],
+            "dora": ["● tie", "sees 50.0", "lowest rate tried"],
             "hra": ["needs two seeds"],
             "road": ["▼ worse"],
         }
         assert "fewer than two seeds" in (cells["hra"].get_attribute("title") or "")
-        assert "the lowest rate of the grid was chosen" in (cells["dora"].get_attribute("title") or "")
+        assert "the lowest learning rate tried was the best" in (cells["dora"].get_attribute("title") or "")
+        page.locator("#choices summary").click()
         page.select_option("#verdict", "")
         assert column(page, "arm") == ["hra"]
 
@@ -201,6 +211,6 @@ def test_no_number_has_a_hyphen_for_a_minus(browser: Browser, folders: dict[str,
     with opened(browser, folders["thin"]) as page:
         everything(page)
         assert "−4.862 to 10.184" in page.locator("#arms").inner_text()
-        hyphens = """() => [...document.querySelectorAll('#arms td, svg text, .score, .lead, header p, .reading p')]
+        hyphens = """() => [...document.querySelectorAll('#arms td, svg text, .score, header p, .reading p, .notes li')]
             .map(each => each.textContent).filter(text => /(^|[^\\w])-\\.?\\d|\\de-\\d/.test(text))"""
         assert page.evaluate(hyphens) == []

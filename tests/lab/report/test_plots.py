@@ -14,7 +14,8 @@ import page_studies as studies
 from lora_lite.lab import numerals
 from lora_lite.lab.findings.findings import Findings
 from lora_lite.lab.numerals import Interval
-from lora_lite.lab.report.page import bars, drawing, panels, plots, table
+from lora_lite.lab.report import columns
+from lora_lite.lab.report.page import bars, drawing, panels, plots
 from lora_lite.lab.report.page.front import points_of
 from lora_lite.lab.report.page.plots import Plots, plot
 
@@ -32,11 +33,11 @@ def drawn(few: Findings) -> Plots:
 
 
 def test_pictures_and_table_give_the_same_sizes(few: Findings) -> None:
-    columns = {column.label: column for column in table.columns(few)}
+    by_label = {column.label: column for column in columns.columns(few)}
     sketches = {sketch.title: sketch for sketch in bars.costs(few)}
     for label, title in {"peak memory": "Peak memory of training", "file": "Size of the file"}.items():
         for arm in few.arms:
-            shown = columns[label].cell(arm).text
+            shown = by_label[label].cell(arm).text
             assert shown.endswith(("MB", "GB", "kB")) and f"{arm.arm} {shown}" in sketches[title].alt
 
 
@@ -52,8 +53,8 @@ def test_the_caption_names_front_neighbours_and_what_is_left_out(few: Findings, 
 
 def test_a_picture_takes_its_colours_from_the_page_and_has_words(drawn: Plots) -> None:
     pictures = [picture.svg for kind in (drawn.curves, drawn.rates, drawn.costs) for picture in kind]
-    pictures += [svg for scatter in drawn.scatters for svg in (scatter.wide, scatter.narrow)]
-    assert len(pictures) == len(FEW) * 2 + len(bars.MEASURES) + 4
+    pictures += [svg for its in (drawn.overview, *drawn.scatters) for svg in (its.wide, its.narrow)]
+    assert len(pictures) == len(FEW) * 2 + len(bars.MEASURES) + 6
     ids: list[str] = []
     for svg in pictures:
         assert svg.startswith('<svg class="chart') and 'role="img" aria-label="' in svg
@@ -98,7 +99,7 @@ def test_one_arm_costs_nothing(few: Findings) -> None:
 def test_failed_and_endless_rates_are_crosses(few: Findings) -> None:
     arm = dataclasses.replace(few.arms[0], rates={1e-3: 0.5, 1e-2: None, 1e-1: float("inf")}, rate=1e-3, edge="lowest")
     (sketch,) = panels.rates(dataclasses.replace(few, arms=(arm,)))
-    assert "0.01 failed, 0.1 failed; chosen 0.001" in sketch.alt and sketch.note == "edge of grid"
+    assert "0.01 failed, 0.1 failed; chosen 0.001" in sketch.alt and sketch.note == "lowest rate tried"
     axes = drawing.axes(drawing.canvas(200, 150), 30, 20, 5, 5)
     sketch.draw(axes)
     assert [line.get_marker() for line in axes.lines].count("X") == 2

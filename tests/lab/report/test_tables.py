@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 import page_studies
-from lora_lite.lab.report import tables
+from lora_lite.lab.report import columns, tables
 
 
 @pytest.mark.parametrize("width", [80, 120, 400])
@@ -16,9 +16,9 @@ def test_a_terminal_of_any_width_shows_whole_cells(width: int) -> None:
     console.print(tables.terminal(findings, width))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     lines = text.splitlines()
-    cells = tables.cells(findings)
+    every = columns.columns(findings)
     row = next(line for line in lines if " dora " in line)
     dora = next(arm for arm in findings.arms if arm.arm == "dora")
     shown = [cell.strip() for cell in row.strip("│┃ ").split("│")]
-    assert shown == [cell(dora) for cell in cells.values()][: len(shown)] and len(shown) >= 3
-    assert (len(shown) == len(cells)) == (width == 400) == ("on the page too" not in text)
+    assert shown == tables.line_of(dora, every)[: len(shown)] and len(shown) >= 3
+    assert (len(shown) == 1 + len(every)) == (width == 400) == ("on the page too" not in text)

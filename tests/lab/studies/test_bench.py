@@ -16,6 +16,7 @@ import torch
 import lora_lite as ll
 from lab_helpers import small_study as small
 from lora_lite.lab.findings.analysis import analyse
+from lora_lite.lab.findings.findings import Missing
 from lora_lite.lab.report import tables
 from lora_lite.lab.studies import bench
 from lora_lite.lab.studies.ledger import FAILED, Ledger, LedgerError
@@ -51,7 +52,7 @@ def test_a_study_is_measured_whole_and_its_findings_say_so(model: str, tmp_path:
         assert arm.forgetting["general text"].before == found.base.forgetting["general text"].before
     assert len(found.examples) == 6 and {reply.arm for reply in found.examples[0].replies} == {"base", "lora", "ia3"}
     text = tables.markdown(found)
-    assert text.count("\n") == 4 and "| lora |" in text and "points against lora" in text
+    assert text.count("\n") == 6 and "| lora |" in text and "points against lora" in text
 
 
 def test_the_same_command_does_nothing_twice_and_a_grown_study_keeps_what_it_has(model: str, tmp_path: Path) -> None:
@@ -80,10 +81,10 @@ def test_a_partial_study_is_an_honest_table(model: str, tmp_path: Path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         bench.run_study(study, tmp_path)
     found = analyse(tmp_path)
-    assert found.missing == ("lora: seeds 2 are not measured yet", "ia3: seeds 1, 2 are not measured yet")
+    assert found.missing == (Missing("lora", seeds=(2,)), Missing("ia3", seeds=(1, 2)))
     lora, ia3 = found.arms
     assert lora.accuracy is not None and lora.places == (1, 2) and ia3.accuracy is None and ia3.verdict == ""
-    assert "| ia3 | - | - | - | 0/2 |" in tables.markdown(found)
+    assert "| ia3 | — | — | — | — | — | — | 0/2 |" in tables.markdown(found)
 
 
 def test_before_is_measured_without_any_adapter(model: str, tmp_path: Path) -> None:
@@ -142,7 +143,8 @@ def test_a_failed_run_is_recorded_and_the_others_go_on(change: Any, reason: str,
     assert len(failed) == 1 and reason in failed[0]["reason"]
     found = analyse(tmp_path)
     odd = next(arm for arm in found.arms if arm.arm == "odd")
-    assert reason in odd.failures[0] and "every learning rate failed" in odd.missing and odd.accuracy is None
+    assert reason in odd.failures[0].reason and odd.accuracy is None
+    assert odd.missing is not None and odd.missing.all_rates_failed
     lora = next(arm for arm in found.arms if arm.arm == "lora")
     expected = bench.run_study(small(model, methods=("lora",), rates=1, seeds=1), tmp_path / "alone")
     alone = next(arm for arm in analyse(expected.folder).arms)

@@ -10,9 +10,10 @@ from lab_helpers import small_study as small
 from lora_lite import cli
 from lora_lite.lab.commands import commands
 from lora_lite.lab.costs.measure import MeasureError
+from lora_lite.lab.findings import circumstances
 from lora_lite.lab.findings.analysis import analyse
-from lora_lite.lab.findings.caveats import caveats
 from lora_lite.lab.models import base
+from lora_lite.lab.report import sentences
 from lora_lite.lab.shared_flags import Shared
 from lora_lite.lab.studies import bench
 from lora_lite.lab.studies.ledger import DONE, Ledger
@@ -36,7 +37,7 @@ def test_one_seed_decides_nothing(model: str, tmp_path: Path) -> None:
     one = {arm.arm: arm for arm in found.arms}
     assert (one["ia3"].verdict, one["ia3"].p, one["ia3"].places) == ("", None, (1, 2))
     assert one["ia3"].against is not None and one["ia3"].against.mean == -1.0
-    assert any("one seed: ia3, lora" in note for note in found.notes)
+    assert any("one seed: ia3, lora" in note for note in sentences.caveats(found))
 
 
 def test_a_folder_of_another_study_is_refused_and_stays(model: str, tmp_path: Path) -> None:
@@ -60,8 +61,8 @@ def test_a_failed_base_and_failed_costs_are_told(model: str, tmp_path: Path, mon
     bench.run_study(small(model, methods=("lora",), rates=1, seeds=1, costs=True), tmp_path)
     found = analyse(tmp_path)
     assert found.base is None
-    assert found.failures == (
-        "the bare base: MeasureError: no figure", "lora: seed 1: MeasureError: no figure",
+    assert sentences.failures(found) == (
+        "the frozen base: MeasureError: no figure", "lora: seed 1: MeasureError: no figure",
         "lora: costs: MeasureError: no figure",
     )  # fmt: skip
     assert commands.show(tmp_path, page=False, shared=Shared()) == 1
@@ -102,16 +103,15 @@ def test_caveats_are_made_from_what_was_found(model: str, tmp_path: Path) -> Non
     bench.run_study(small(model, seeds=2), tmp_path)
     found = analyse(tmp_path)
     at = [arm.arm for arm in found.arms if arm.edge]
-    told = [note for note in found.notes if "learning rate that was tried" in note]
+    notes = sentences.caveats(found)
+    told = [note for note in notes if "learning rate tried" in note]
     assert len(told) == bool(at) and all(f"{len(at)} of 2 arms" in note and ", ".join(at[:1]) in note for note in told)
     assert all(arm.cut_off == 1.0 for arm in found.arms)  # four tokens of an untrained model
-    assert any("cut off" in note and "lora 100%" in note for note in found.notes)
+    assert any("cut off" in note and "lora 100%" in note for note in notes)
     here = {"provenance": {"device": "here", "threads": 1}}
-    assert caveats((), "lora", [here, here]) == ()
-    assert (
-        "here (1 threads); here (2 threads)"
-        in caveats((), "", [here, {"provenance": {"device": "here", "threads": 2}}])[0]
-    )
+    there = {"provenance": {"device": "here", "threads": 2}}
+    assert circumstances.devices([here, here]) == ("here (1 threads)",)
+    assert circumstances.devices([here, there, here]) == ("here (1 threads)", "here (2 threads)")
 
 
 def test_a_record_without_its_figures_is_a_sentence(

@@ -66,4 +66,4 @@ def test_few_rows_are_enough(
     told = capsys.readouterr().out
     for split in ("validation", "test"):
         note = f"has {there[split]} distinct {split} examples, {plan['study'][f'{split}_examples']} were asked for"
-        assert any(note in line for line in found.notes) and note in " ".join(told.split())
+        assert any(note in line for line in found.task_notes) and note in " ".join(told.split())

@@ -13,7 +13,7 @@ import pytest
 from reasoning_gym.factory import DATASETS, create_dataset
 
 from lab_helpers import make_llama
-from lora_lite.lab.findings.caveats import unscored
+from lora_lite.lab.findings.circumstances import scored
 from lora_lite.lab.studies.bench import replies
 from lora_lite.lab.tasks import gym, verifier_process, verifiers
 from lora_lite.lab.tasks import task as tasks
@@ -250,10 +250,8 @@ def test_a_study_tells_how_many_replies_got_no_score() -> None:
     record = replies(Evaluation((failing, failing, lab.Record("q", "a", "r", 1.0, True)), 1.0, 3))
     assert record["verifier_failures"] == 2
     older = {key: value for key, value in record.items() if key != "verifier_failures"}
-    assert unscored([older, {"reason": "failed"}]) == ()
-    assert unscored([older, record]) == (
-        "The task's own verifier failed on 2 of 6 replies, which count as wrong.",
-    )  # fmt: skip
+    assert scored([older, {"reason": "failed"}]) == (3, 0)
+    assert scored([older, record]) == (6, 2)
 
 
 def test_a_run_prints_how_many_replies_got_no_score() -> None:

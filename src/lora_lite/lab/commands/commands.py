@@ -14,7 +14,7 @@ from lora_lite.lab.costs.cost import cost_table, costs
 from lora_lite.lab.findings.analysis import analyse
 from lora_lite.lab.models.base import Base
 from lora_lite.lab.probe.probe import probe
-from lora_lite.lab.report import tables
+from lora_lite.lab.report import sentences, tables
 from lora_lite.lab.report.page import write_page
 from lora_lite.lab.shared_flags import EVERYWHERE, Shared, TrustRemoteCode, slug
 from lora_lite.lab.studies.bench import run_study
@@ -137,7 +137,7 @@ def show(folder: Path, page: bool, shared: Shared) -> int:
     findings = analyse(folder)
     console = terminal.console()
     console.print(tables.terminal(findings, console.width))
-    for line in (*findings.notes, *labelled("missing", findings.missing), *labelled("failed", findings.failures)):
+    for line in sentences.beneath(findings):
         terminal.line(console, line)
     written = write_page(findings, folder) if page else []
     arms = {arm.arm: arm.accuracy.mean if arm.accuracy else None for arm in findings.arms}

@@ -1,26 +1,36 @@
-"""From a ledger to findings: what a study found so far, and what it lacks."""
+"""From a ledger to findings: what a study found so far, and what it lacks. Data only: no sentence is made here."""
 
 import functools
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import lora_lite as ll
-from lora_lite.lab.findings import estimates
-from lora_lite.lab.findings.caveats import caveats, unscored
-from lora_lite.lab.findings.circumstances import machines, setup
-from lora_lite.lab.findings.findings import Change, Cost, Finding, Findings, Item, Reply
+from lora_lite.lab.findings import circumstances, estimates
+from lora_lite.lab.findings.findings import BASE, Change, Cost, Failure, Finding, Findings, Item, Missing, Reply
 from lora_lite.lab.numerals import Interval
-from lora_lite.lab.studies.arms import BASE, Arm
+from lora_lite.lab.scoring.scoring import RIGHT
+from lora_lite.lab.studies.arms import Arm
 from lora_lite.lab.studies.ledger import DONE, FAILED, Ledger, LedgerError, read_json, run_id
 from lora_lite.lab.studies.plan import chosen_rates, job_config, read_plan
 from lora_lite.lab.studies.study import Job
-from lora_lite.lab.training.evaluate import RIGHT
 
 EXAMPLES = 12
 Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How an arm stands against the baseline: the fields of the same names of `Finding`."""
+
+    verdict: str = ""
+    against: Interval | None = None
+    alone: Interval | None = None
+    p: float | None = None
+    seen: float | None = None
 
 
 def analyse(folder: Path) -> Findings:
@@ -55,53 +65,41 @@ class Analysis:
     def _seeds(self, arm: Arm) -> dict[int, Record]:
         if (rate := self.rates.get(arm.name)) is None:
             return {}
-        found = {seed: self.of(Job("seed", arm, rate, seed)) for seed in range(1, self.study.seeds + 1)}
-        return {seed: record for seed, record in found.items() if record is not None}
+        records = {seed: self.of(Job("seed", arm, rate, seed)) for seed in range(1, self.study.seeds + 1)}
+        return {seed: record for seed, record in records.items() if record is not None}
 
-    def _against(self, name: str) -> dict[str, Any]:
-        """The fields of a finding that compare an arm with the baseline."""
+    def standing(self, name: str) -> Standing:
+        """How an arm stands against the baseline."""
         reference = self.study.reference
-        table, base = self.scores[name], self.scores[reference]
-        found = {"against": None, "alone": None, "verdict": "baseline" if name == reference else "", "p": None}
-        if name == reference or not table or not base:
-            return found
+        if name == reference:
+            return Standing("baseline")
         if (compared := self.compared.get(name)) is not None:
             change = "better" if compared.joint.mean > 0 else "worse"
             verdict = change if compared.decided else "tie"
-            joint, alone = compared.joint, compared.alone
-            return {"against": joint, "alone": alone, "verdict": verdict, "p": compared.p, "seen": compared.seen}
-        return {**found, "against": estimates.of_items(estimates.stack(table), estimates.stack(base))}
+            return Standing(verdict, compared.joint, compared.alone, compared.p, compared.seen)
+        table, base = self.scores[name], self.scores[reference]
+        if not table or not base:
+            return Standing()
+        return Standing(against=estimates.of_items(estimates.stack(table), estimates.stack(base)))
 
     def findings(self) -> Findings:
         """All of it."""
-        study = self.study
+        study, everyone = self.study, len(self.arms)
         arms = [self.finding(arm) for arm in self.arms]
-        everyone = len(arms)
         arms.sort(key=lambda each: (*(each.places or (everyone + 1, everyone + 1)), each.arm))
-        missing = [f"{each.arm}: {word}" for each in arms for word in each.missing]
-        if self.base is None:
-            missing.insert(0, "the bare base is not measured yet")
+        replies, unscored = circumstances.scored(self.records())
         return Findings(
             name=study.name, about=study.about, task=study.task, model=study.model, quantization=study.quantization,
             dtype=self.plan["dtype"], baseline=study.reference, items=self.items(), steps=study.training.steps,
-            batch_size=study.training.batch_size, setup=setup(study, self.plan), base=self.base_finding(),
-            arms=tuple(arms), examples=self.examples(),
-            notes=(
-                *self.plan["sources"]["notes"], *caveats(arms, study.reference, self.costs()),
-                *unscored(self.records()),
-            ),
-            missing=tuple(missing), failures=self.failures(arms), machines=machines(self.records()),
-            command=self.plan["command"],
+            batch_size=study.training.batch_size, setup=circumstances.setup(study, self.plan), base=self.bare_base(),
+            arms=tuple(arms), examples=self.examples(), machines=circumstances.machines(self.records()),
+            command=self.plan["command"], task_notes=tuple(self.plan["sources"]["notes"]), replies=replies,
+            unscored=unscored, cost_devices=circumstances.devices(self.costs()), base_failure=failure(self.base),
         )  # fmt: skip
 
     def items(self) -> int:
         """How many test items the runs were measured on: as asked for, or fewer where the task has no more."""
         return self.plan["sources"].get("examples", {}).get("test", self.study.test_examples)
-
-    def failures(self, arms: list[Finding]) -> tuple[str, ...]:
-        """What failed in all the study, with reasons."""
-        base = [f"the bare base: {self.base['reason']}"] if self.base and self.base["status"] == FAILED else []
-        return (*base, *(f"{arm.arm}: {words}" for arm in arms for words in arm.failures))
 
     def records(self) -> list[Record]:
         """The records that the study is made of."""
@@ -111,27 +109,27 @@ class Analysis:
 
     def costs(self) -> list[Record]:
         """The records of the costs that the study asks for."""
-        found = [self.of(Job("cost", arm)) for arm in self.arms] if self.study.costs else []
-        return [record for record in found if record is not None]
+        records = [self.of(Job("cost", arm)) for arm in self.arms] if self.study.costs else []
+        return [record for record in records if record is not None]
 
-    def base_finding(self) -> Finding | None:
+    def bare_base(self) -> Finding | None:
         """The bare base, as an arm without seeds; None before it is measured."""
         record = self.base
         if record is None or record["status"] == FAILED:
             return None
         losses = record["losses_after"]
         return Finding(
-            arm=BASE, method=BASE, title="the frozen model alone", arxiv="", seeds=(), wanted_seeds=0, rates={},
-            rate=None, edge="", accuracy=estimates.accuracy(correct(record)[None]), by_seed={}, against=None,
-            verdict="", p=None, places=None, mentioned=record["mentioned"], cut_off=record["cut_off"],
+            arm=BASE, method=BASE, title="", arxiv="", seeds=(), wanted_seeds=0, rates={}, rate=None, edge="",
+            accuracy=estimates.accuracy(correct(record)[None]), by_seed={}, against=None, verdict="", p=None,
+            places=None, mentioned=record["mentioned"], cut_off=record["cut_off"],
             validation_loss=point(losses["validation"]), curves={},
             forgetting={name: Change(loss, point(loss)) for name, loss in losses.items() if name != "validation"},
             cost=None,
         )  # fmt: skip
 
     def finding(self, arm: Arm) -> Finding:
-        """What was found of an arm."""
-        study, table = self.study, self.scores[arm.name]
+        """What is known of an arm."""
+        study, table, standing = self.study, self.scores[arm.name], self.standing(arm.name)
         tried = {lr: self.of(Job("tune", arm, lr)) for lr in study.grid(arm)}
         rate = self.rates.get(arm.name)
         records = [self.seeds[arm.name][seed] for seed in sorted(table)]
@@ -141,12 +139,13 @@ class Analysis:
             wanted_seeds=study.seeds, rates=losses_by_rate(tried), rate=rate, edge=edge(study.grid(arm), rate),
             accuracy=self.accuracy(arm.name),
             by_seed={seed: float(scores.mean()) for seed, scores in sorted(table.items())},
-            **self._against(arm.name), places=self.places.get(arm.name),
+            against=standing.against, verdict=standing.verdict, p=standing.p, places=self.places.get(arm.name),
             mentioned=mean(records, "mentioned"), cut_off=mean(records, "cut_off"),
             validation_loss=over(records, "validation"),
             curves={seed: list(self.seeds[arm.name][seed]["curve"]) for seed in sorted(table)},
             forgetting=self.forgetting(records), cost=self.cost(arm, records or [r for r in tried.values() if r]),
-            failures=failures(tried, self.seeds[arm.name], self.of(Job("cost", arm))), missing=self.lacks(arm, tried),
+            alone=standing.alone, seen=standing.seen, failures=self.failures(arm, tried),
+            missing=self.lacks(arm, tried) or None,
         )  # fmt: skip
 
     def accuracy(self, name: str) -> Interval | None:
@@ -169,20 +168,25 @@ class Analysis:
         done = [record for record in records if record["status"] == DONE]
         return Cost(done[0]["trainable"], done[0]["stored_bytes"]) if done else None
 
-    def lacks(self, arm: Arm, tried: Mapping[float, Record | None]) -> tuple[str, ...]:
-        """What the study asks of an arm and is not there, in words."""
-        words = []
-        if open_rates := [f"{lr:g}" for lr, record in tried.items() if record is None]:
-            words.append(f"learning rates {', '.join(open_rates)} are not tried yet")
-        elif self.rates[arm.name] is None:
-            words.append("every learning rate failed")
-        wanted = range(1, self.study.seeds + 1)
-        if absent := [str(seed) for seed in wanted if seed not in self.seeds[arm.name]]:
-            words.append(f"seeds {', '.join(absent)} are not measured yet")
-        cost = self.of(Job("cost", arm)) if self.study.costs else None
-        if self.study.costs and cost is None:
-            words.append("costs are not measured yet")
-        return tuple(words)
+    def lacks(self, arm: Arm, tried: Mapping[float, Record | None]) -> Missing:
+        """What the study asks of an arm and is not there."""
+        rates = tuple(lr for lr, record in tried.items() if record is None)
+        wanted, costs = range(1, self.study.seeds + 1), self.study.costs
+        return Missing(
+            arm.name,
+            rates,
+            all_rates_failed=not rates and self.rates[arm.name] is None,
+            seeds=tuple(seed for seed in wanted if seed not in self.seeds[arm.name]),
+            costs=costs and self.of(Job("cost", arm)) is None,
+        )
+
+    def failures(self, arm: Arm, tried: Mapping[float, Record | None]) -> tuple[Failure, ...]:
+        """The runs of an arm that failed."""
+        runs: list[tuple[str, float | None, Record | None]] = [("rate", lr, record) for lr, record in tried.items()]
+        runs += [("seed", seed, record) for seed, record in self.seeds[arm.name].items()]
+        runs.append(("costs", None, self.of(Job("cost", arm))))
+        failures = (failure(record, arm.name, kind, value) for kind, value, record in runs)
+        return tuple(each for each in failures if each is not None)
 
     def examples(self) -> tuple[Item, ...]:
         """Items from the hardest to the easiest, with the replies of every arm's first seed."""
@@ -240,16 +244,15 @@ def losses_by_rate(tried: Mapping[float, Record | None]) -> dict[float, float | 
     }
 
 
-def failures(tried: Mapping[float, Record | None], seeds: Mapping[int, Record], cost: Record | None) -> tuple[str, ...]:
-    """What failed, with reasons."""
-    runs = {f"learning rate {lr:g}": record for lr, record in tried.items()}
-    runs |= {f"seed {seed}": record for seed, record in seeds.items()}
-    runs["costs"] = cost
-    return tuple(f"{what}: {run['reason']}" for what, run in runs.items() if run and run["status"] == FAILED)
+def failure(record: Record | None, arm: str = BASE, run: str = "base", value: float | None = None) -> Failure | None:
+    """A run's failure, if it failed."""
+    if record is None or record["status"] != FAILED:
+        return None
+    return Failure(arm, run, record["reason"], value)
 
 
-def as_cost(found: Mapping[str, Any]) -> Cost:
+def as_cost(measured: Record) -> Cost:
     """Costs as the ledger holds them, with intervals made whole again."""
-    values = {key: value for key, value in found.items() if key in Cost.__dataclass_fields__}
+    values = {key: value for key, value in measured.items() if key in Cost.__dataclass_fields__}
     spans = {key: Interval(**values[key]) for key in ("forward", "step") if values.get(key)}
     return Cost(**{**values, **spans})

@@ -1,61 +1,62 @@
-"""Under which circumstances a study's numbers came about: settings and machines, in words that are ready to show."""
+"""Under which circumstances a study's numbers came about: its settings, and the machines of its runs."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lora_lite.lab.costs.measure import Workload
+from lora_lite.lab.findings.findings import Machine, Setup
 from lora_lite.lab.provenance import where
 from lora_lite.lab.studies.study import Study
 
+Record = Mapping[str, Any]
 
-def machines(records: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """What the runs ran on, a line for each combination, with how many."""
-    lines: dict[str, int] = {}
+
+def machines(records: Sequence[Record]) -> tuple[Machine, ...]:
+    """What the runs ran on, once each, with how many."""
+    counts: Counter[tuple[Any, ...]] = Counter()
     for record in records:
-        found = record["provenance"]
-        versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
-        commit = (found["commit"] or "not a checkout")[:12] + ("+changes" if "+" in (found["commit"] or "") else "")
-        line = f"{where(found)}, {found['system']}; {versions}; commit {commit}"
-        lines[line] = lines.get(line, 0) + 1
-    return tuple(f"{count} runs: {line}" for line, count in lines.items())
+        origin = record["provenance"]
+        counts[where(origin), origin["system"], tuple(origin["versions"].items()), origin["commit"] or ""] += 1
+    return tuple(
+        Machine(runs, device, system, dict(versions), commit.partition("+")[0][:12], "+" in commit)
+        for (device, system, versions, commit), runs in counts.items()
+    )
 
 
-def setup(study: Study, plan: Mapping[str, Any]) -> dict[str, str]:
-    """Settings to show, label -> value."""
-    training, counts = study.training, plan["sources"]["tokens"]
-    return {
-        "training examples": f"{counts['train']['kept']} ({counts['train']['too_long']} too long, "
-        f"{counts['train']['empty']} empty left out)",
-        "validation examples": str(counts["validation"]["kept"]),
-        "learning rates": f"{study.rates} an arm, {study.rate_ratio:g} times apart, around {study.rate_factor:g} times "
-        "the registered default",
-        "schedule": f"warm-up {training.warmup:.0%}, cosine to {training.final_lr:.0%}, clip {training.clip:g}",
-        "seeds": f"{study.seeds}, after one for tuning",
-        "longest example": f"{study.max_length} tokens",
-        "longest reply": f"{plan['max_new_tokens']} tokens",
-        "layers": "all" if study.layers is None else ", ".join(map(str, study.layers)),
-        "targets": targets(study),
-        **({"times and memory": workload()} if study.costs else {}),
-        "data": "; ".join(f"{part} {digest}" for part, digest in plan["prints"].items()),
-    }
+def devices(records: Iterable[Record]) -> tuple[str, ...]:
+    """What the runs ran on, without versions."""
+    return tuple(dict.fromkeys(where(record["provenance"]) for record in records))
 
 
-def targets(study: Study) -> str:
-    """The layers that are adapted, and which arms choose their own."""
+def scored(records: Iterable[Record]) -> tuple[int, int]:
+    """Replies of all runs, and those of them that the task's own verifier failed on; a run without a count had none."""
+    measured = [record for record in records if "scores" in record]
+    return (
+        sum(len(record["scores"]) for record in measured),
+        sum(record.get("verifier_failures", 0) for record in measured),
+    )
+
+
+def setup(study: Study, plan: Record) -> Setup:
+    """The settings that all arms share."""
+    training, counts, work = study.training, plan["sources"]["tokens"], Workload()
+    return Setup(
+        examples=counts["train"]["kept"], too_long=counts["train"]["too_long"], empty=counts["train"]["empty"],
+        validation_examples=counts["validation"]["kept"], rates=study.rates, rate_ratio=study.rate_ratio,
+        rate_factor=study.rate_factor, warmup=training.warmup, final_rate=training.final_lr, clip=training.clip,
+        seeds=study.seeds, longest_example=study.max_length, longest_reply=plan["max_new_tokens"],
+        layers=study.layers, targets=study.target_names or study.target_roles, own_targets=own_targets(study),
+        workload=(work.batch_size, work.tokens, work.rounds) if study.costs else None,
+        fingerprints=dict(plan["prints"]),
+    )  # fmt: skip
+
+
+def own_targets(study: Study) -> tuple[str, ...]:
+    """The arms that choose their layers themselves."""
     asked = set(study.target_names), set(study.target_roles)
-    own = [
+    return tuple(
         arm.name
         for arm in study.arms()
         if any((set(cfg.target_names), set(cfg.target_roles)) != asked for cfg in arm.configs)
-    ]
-    common = ", ".join(study.target_names or study.target_roles)
-    return f"{common}, but for {', '.join(own)}, which choose their own" if own else common
-
-
-def workload() -> str:
-    """What is run to measure times and memory."""
-    size = Workload()
-    return (
-        f"{size.batch_size} x {size.tokens} random tokens, medians of {size.rounds} rounds in turns with the base; no "
-        "other run of the study at the same time"
     )

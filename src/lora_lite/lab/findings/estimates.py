@@ -108,23 +108,23 @@ class Errors:
         count = len(largest)
         factor = float(largest[-math.floor((1 - LEVEL) * (count + 1))])  # beyond it, and only there, p < 0.05
         typical = np.quantile(np.abs(errors), 2 * POWER - 1, axis=0)  # errors are symmetric
-        found = {}
+        comparisons = {}
         for at, pair in enumerate(pairs):
             difference = float(self.means[one[at]] - self.means[other[at]])
             tail = count - int(np.searchsorted(largest, abs(difference) / reach[at]))
-            found[pair] = Comparison(
+            comparisons[pair] = Comparison(
                 joint=around(difference, factor * reach[at]),
                 alone=around(difference, reach[at]),
                 p=(1 + tail) / (1 + count),
                 seen=detectable(float(self.means[other[at]]), float(factor * reach[at] + typical[at])),
             )
-        return found
+        return comparisons
 
     def against(self, reference: str) -> dict[str, Comparison]:
         """Every other arm compared with one, as a family; nothing if that has no two seeds."""
         others = [name for name in self.tables if name != reference] if reference in self.tables else []
-        found = self.compare([(name, reference) for name in others])
-        return {name: comparison for (name, _), comparison in found.items()}
+        comparisons = self.compare([(name, reference) for name in others])
+        return {name: comparison for (name, _), comparison in comparisons.items()}
 
 
 def places(tables: Mapping[str, Table], errors: Errors | None = None) -> dict[str, tuple[int, int]]:
@@ -137,9 +137,9 @@ def places(tables: Mapping[str, Table], errors: Errors | None = None) -> dict[st
     names = list(errors.tables)
     pairs = [(one, other) for index, one in enumerate(names) for other in names[index + 1 :]]
     better, worse = dict.fromkeys(tables, 0), dict.fromkeys(tables, 0)
-    for (one, other), found in errors.compare(pairs).items():
-        if found.decided:
-            first, second = (one, other) if found.joint.mean > 0 else (other, one)
+    for (one, other), compared in errors.compare(pairs).items():
+        if compared.decided:
+            first, second = (one, other) if compared.joint.mean > 0 else (other, one)
             worse[first] += 1
             better[second] += 1
     return {name: (1 + better[name], len(tables) - worse[name]) for name in tables}
@@ -154,12 +154,12 @@ def item_covariance(scores: Sequence[np.ndarray]) -> np.ndarray:
     """Covariance (A, A) of the arms' true accuracies over items: that of their means, less the chance within seeds."""
     if scores[0].shape[1] == 1:
         return np.zeros((len(scores), len(scores)))
-    found = np.atleast_2d(np.cov(np.stack([table.mean(axis=0) for table in scores])))
+    observed = np.atleast_2d(np.cov(np.stack([table.mean(axis=0) for table in scores])))
     chance = []
     for table in scores:
         rest = table - table.mean(axis=1, keepdims=True) - table.mean(axis=0) + table.mean()
         chance.append((rest**2).sum() / np.prod(np.subtract(table.shape, 1)) / len(table))
-    values, vectors = np.linalg.eigh(found - np.diag(chance))
+    values, vectors = np.linalg.eigh(observed - np.diag(chance))
     return vectors * np.maximum(values, 0.0) @ vectors.T  # chance makes some below 0; a variance cannot be
 
 

@@ -1,4 +1,7 @@
-"""What a study found, as plain data: what tables, pages and README are made of. `analysis.py` fills it."""
+"""What a study found, as plain data: what tables, pages and README are made of. `analysis.py` fills it.
+
+Nothing here is a sentence of the report's: its words are in `lab/report/sentences.py`.
+"""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -6,6 +9,95 @@ from typing import Any
 
 from lora_lite.lab.numerals import Interval
 from lora_lite.printable import printable
+
+BASE = "base"  # the frozen model alone, where arms are named
+
+
+@dataclass(frozen=True)
+class Missing:
+    """What the study asks for and is not there yet.
+
+    Attributes:
+        arm: its name, or `BASE`, which is one measurement and has nothing below.
+        rates: learning rates that are not tried yet. all_rates_failed: so that there are no seeds to run.
+        seeds: not measured yet. costs: whether they are not measured yet.
+    """
+
+    arm: str
+    rates: tuple[float, ...] = ()
+    all_rates_failed: bool = False
+    seeds: tuple[int, ...] = ()
+    costs: bool = False
+
+    def __bool__(self) -> bool:
+        return self.arm == BASE or bool(self.rates or self.all_rates_failed or self.seeds or self.costs)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that failed.
+
+    Attributes:
+        arm: its name, or `BASE`. run: "base", "rate", "seed" or "costs". value: the rate or the seed.
+    """
+
+    arm: str
+    run: str
+    reason: str
+    value: float | None = None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What runs ran on.
+
+    Attributes:
+        runs: how many. device: with its threads. versions: package -> number.
+        commit: 12 digits, "" outside of a checkout. changes: whether the checkout had changes of its own.
+    """
+
+    runs: int
+    device: str
+    system: str
+    versions: dict[str, str]
+    commit: str
+    changes: bool
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The settings that all arms share.
+
+    Attributes:
+        examples: training examples kept. too_long, empty: those left out. validation_examples: kept.
+        rates, rate_ratio, rate_factor: learning rates of an arm, from one to the next, and the middle one as a multiple
+            of the method's registered default.
+        warmup, final_rate: shares. clip: the largest norm of a gradient.
+        seeds: those wanted. longest_example, longest_reply: tokens.
+        layers: indices; None: all. targets: names or roles of the layers that are adapted. own_targets: arms that
+            choose their own.
+        workload: (rows, tokens, rounds) of the measured times; None: costs are not measured.
+        fingerprints: part of the data, or the base -> its fingerprint.
+    """
+
+    examples: int
+    too_long: int
+    empty: int
+    validation_examples: int
+    rates: int
+    rate_ratio: float
+    rate_factor: float
+    warmup: float
+    final_rate: float
+    clip: float
+    seeds: int
+    longest_example: int
+    longest_reply: int
+    layers: tuple[int, ...] | None
+    targets: tuple[str, ...]
+    own_targets: tuple[str, ...]
+    workload: tuple[int, int, int] | None
+    fingerprints: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -74,8 +166,8 @@ class Finding:
         validation_loss: at the chosen rate, over the seeds.
         curves: seed -> training loss of each step, at the chosen rate.
         forgetting: name of a text or task -> its loss before and after.
-        failures: what failed, with reasons.
-        missing: what the study asks for and is not there yet, in words.
+        failures: the runs that failed.
+        missing: what the study asks for and is not there yet; None where all is.
     """
 
     arm: str
@@ -101,13 +193,18 @@ class Finding:
     cost: Cost | None
     alone: Interval | None = None
     seen: float | None = None
-    failures: tuple[str, ...] = ()
-    missing: tuple[str, ...] = ()
+    failures: tuple[Failure, ...] = ()
+    missing: Missing | None = None
+
+    @property
+    def bare(self) -> bool:
+        """Whether it is the frozen base, without an adapter."""
+        return self.method == BASE
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What an arm (its first seed) answered to an item."""
+    """What an arm's first seed answered to an item."""
 
     arm: str
     text: str
@@ -129,17 +226,17 @@ class Findings:
 
     Attributes:
         name: of the study. about: what it asks, in a sentence or two.
-        task, model, quantization, dtype: what was trained on what.
+        task, model, quantization, dtype: what was trained on what. task: as it was asked for, parameters included.
         baseline: the arm that others are compared with.
         items: test items. steps, batch_size: of each training run.
-        setup: further settings, label -> value, ready to show.
         base: the bare base (method "base"), measured without any adapter. None before it is measured.
         arms: in an order that claims nothing: by best place, then worst place, then name.
         examples: test items with replies, right and wrong ones.
-        notes: caveats to print beside the numbers (such as where validation questions come from).
-        missing: what the study still lacks, in words; empty where it is whole.
-        failures: what failed, with reasons, the bare base and the costs included.
-        machines: what it ran on: device, versions, commits.
+        task_notes: what the task says of its data (such as where validation questions come from).
+        replies, unscored: replies of all runs, and those of them that the task's own verifier failed on.
+        cost_devices: what costs were measured on; more than one, and they are not comparable.
+        base_failure: why the base could not be measured.
+        machines: what all runs ran on.
         command: what repeats it.
     """
 
@@ -153,19 +250,42 @@ class Findings:
     items: int
     steps: int
     batch_size: int
-    setup: dict[str, str]
+    setup: Setup
     base: Finding | None
     arms: tuple[Finding, ...]
     examples: tuple[Item, ...]
-    notes: tuple[str, ...]
-    missing: tuple[str, ...]
-    failures: tuple[str, ...]
-    machines: tuple[str, ...]
+    machines: tuple[Machine, ...]
     command: str
+    task_notes: tuple[str, ...] = ()
+    replies: int = 0
+    unscored: int = 0
+    cost_devices: tuple[str, ...] = ()
+    base_failure: Failure | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data for JSON."""
-        return dataclasses.asdict(self)
+    @property
+    def rows(self) -> tuple[Finding, ...]:
+        """The base, if it is measured, and the arms."""
+        return (*([self.base] if self.base else []), *self.arms)
+
+    @property
+    def missing(self) -> tuple[Missing, ...]:
+        """What the study still lacks; empty where it is whole."""
+        base = () if self.base else (Missing(BASE),)
+        return (*base, *(arm.missing for arm in self.arms if arm.missing))
+
+    @property
+    def failures(self) -> tuple[Failure, ...]:
+        """Every run that failed."""
+        base = (self.base_failure,) if self.base_failure else ()
+        return (*base, *(failure for arm in self.arms for failure in arm.failures))
+
+    @property
+    def learnt(self) -> tuple[str, ...] | None:
+        """The arms clearly above the base: their interval of accuracy lies beyond its. None: not known yet."""
+        measured = [(arm.arm, arm.accuracy) for arm in self.arms if arm.accuracy]
+        if self.base is None or self.base.accuracy is None or not measured:
+            return None
+        return tuple(name for name, accuracy in measured if accuracy.low > self.base.accuracy.high)
 
 
 def shown(value: Any) -> Any:
@@ -173,8 +293,8 @@ def shown(value: Any) -> Any:
     if isinstance(value, str):
         return printable(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = dataclasses.fields(value)
-        return dataclasses.replace(value, **{field.name: shown(getattr(value, field.name)) for field in fields})
+        names = [each.name for each in dataclasses.fields(value)]
+        return dataclasses.replace(value, **{name: shown(getattr(value, name)) for name in names})
     if isinstance(value, dict):
         return {shown(key): shown(each) for key, each in value.items()}
     return type(value)(map(shown, value)) if isinstance(value, list | tuple) else value

@@ -20,7 +20,6 @@ from lora_lite.config import AdapterConfig
 from lora_lite.registry import method_of
 
 ALL = "all"
-BASE = "base"
 MOST_ARMS = 1000  # each is trained several times
 LONGEST_LINE = 20_000  # letters
 OUTSIDE_BRACKETS = r"(?![^\[(]*[\])])"
@@ -46,6 +45,11 @@ class Arm:
     def lr(self) -> float:
         """The registered default learning rate of its (first) method."""
         return method_of(self.configs[0]).facts.lr
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether one of its methods is calibrated on data."""
+        return any(method_of(cfg).needs(cfg) for cfg in self.configs)
 
     def with_seed(self, seed: int) -> list[AdapterConfig]:
         """Its configs, with the seed of the initial values."""

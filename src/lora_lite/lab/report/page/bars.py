@@ -53,7 +53,7 @@ def costs(findings: Findings) -> list[Sketch]:
     """A picture a cost that is known of any arm, a line an arm."""
     arms = [arm for arm in findings.arms if arm.cost is not None]
     margin = 10 + LETTER * max((len(shorten(arm.arm)) for arm in arms), default=0)
-    found = []
+    sketches = []
     for measure in MEASURES:
         values = {arm.arm: measure.value(arm.cost) for arm in arms if arm.cost is not None}
         known = {arm: value for arm, value in values.items() if value is not None}
@@ -62,7 +62,7 @@ def costs(findings: Findings) -> list[Sketch]:
         base = next((value for arm in arms if arm.cost and (value := measure.base(arm.cost)) is not None), None)
         words = ", ".join(f"{arm} {measure.show(total(value))}" for arm, value in known.items())
         head = 22 if isinstance(next(iter(known.values())), dict) else 6
-        found.append(
+        sketches.append(
             Sketch(
                 measure.title,
                 f"{measure.title}: {words}.",
@@ -75,7 +75,7 @@ def costs(findings: Findings) -> list[Sketch]:
                 margins=(margin, 22, VALUE, head),
             )
         )
-    return found
+    return sketches
 
 
 def total(value: Value) -> float:

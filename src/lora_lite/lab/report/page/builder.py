@@ -10,10 +10,10 @@ from markupsafe import Markup
 from lora_lite.files.atomic import expanded, write_atomically
 from lora_lite.lab.findings.findings import Findings, shown
 from lora_lite.lab.numerals import short
-from lora_lite.lab.report.page import cells, sentences
+from lora_lite.lab.report import cells, sentences
+from lora_lite.lab.report.columns import columns
 from lora_lite.lab.report.page.drawing import PALETTE
 from lora_lite.lab.report.page.plots import Plots, plot
-from lora_lite.lab.report.page.table import SHOWN, columns
 from lora_lite.lab.scoring.scoring import RIGHT
 
 HERE = Path(__file__).parent
@@ -55,9 +55,7 @@ def render(findings: Findings, plots: Plots) -> str:
         columns=listed,
         groups=groups,
         group_of={name: f"g{index}" for index, (name, _) in enumerate(groups)},
-        shown=SHOWN,
         gist=cells.gist,
-        verdicts=cells.VERDICTS,
         say=sentences,
         right=RIGHT,
         repliers=list(dict.fromkeys(reply.arm for item in findings.examples for reply in item.replies)),

@@ -108,9 +108,9 @@ def svg(figure: Figure, name: str, alt: str, kind: str = "chart") -> str:
     text = text.replace("xlink:href", "href")
     for role, (light, _) in PALETTE.items():
         text = text.replace(light, f"var(--{role})")
-    used = {found: f"{name}-{index}" for index, found in enumerate(dict.fromkeys(re.findall(REFERENCE, text)))}
-    text = re.sub(r' id="([^"]*)"', lambda found: f' id="{used[found[1]]}"' if found[1] in used else "", text)
-    text = re.sub(REFERENCE, lambda found: found[0].replace(found[1], used[found[1]]), text)
+    used = {own: f"{name}-{index}" for index, own in enumerate(dict.fromkeys(re.findall(REFERENCE, text)))}
+    text = re.sub(r' id="([^"]*)"', lambda own: f' id="{used[own[1]]}"' if own[1] in used else "", text)
+    text = re.sub(REFERENCE, lambda own: own[0].replace(own[1], used[own[1]]), text)
     width, height = (round(side * 72) for side in figure.get_size_inches())
     opening = f'<svg class="{kind}" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img"'
     return re.sub(r"<svg.*?>", lambda _: f'{opening} aria-label="{html.escape(alt)}">', text, count=1, flags=re.S)

@@ -20,12 +20,12 @@ class Point:
 
 def points_of(findings: Findings, field: str) -> list[Point]:
     """The arms with both an accuracy and this field of `Cost`."""
-    found = []
+    points = []
     for arm in findings.arms:
         cost = getattr(arm.cost, field, None)
         if arm.accuracy is not None and cost is not None and math.isfinite(arm.accuracy.mean):
-            found.append(Point(arm.arm, arm.verdict, float(cost), arm.accuracy))
-    return found
+            points.append(Point(arm.arm, arm.verdict, float(cost), arm.accuracy))
+    return points
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:

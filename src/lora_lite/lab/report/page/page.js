@@ -41,7 +41,7 @@ function filterArms() {
   document.getElementById("arm-count").value = `${shown} of ${original.length} arms`;
 }
 
-document.getElementById("arm-controls").hidden = false;
+document.getElementById("choices").hidden = false;
 document.getElementById("arm-controls").addEventListener("submit", (event) => event.preventDefault());
 find.addEventListener("input", filterArms);
 verdict.addEventListener("input", filterArms);
@@ -68,7 +68,6 @@ function showGroups() {
   showMore();
 }
 
-groups.hidden = false;
 groups.addEventListener("submit", (event) => event.preventDefault());
 groups.addEventListener("input", showGroups);
 box.addEventListener("scroll", showMore, { passive: true });

@@ -12,6 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from lora_lite.lab.findings.findings import Finding, Findings
 from lora_lite.lab.numerals import loss, rate, short
+from lora_lite.lab.report import sentences
 from lora_lite.lab.report.page import drawing
 from lora_lite.lab.report.page.drawing import BETTER, INK, MUTED, PAPER, SMALL, WORSE
 
@@ -45,13 +46,13 @@ class Sketch:
 
 def panels(sketches: Sequence[Sketch], name: str, columns: int) -> tuple[tuple[Panel, ...], bytes]:
     """The pictures one by one (their ids begin with `name`), and all of them on one PNG with so many columns."""
-    found = []
+    drawn = []
     for index, sketch in enumerate(sketches):
         figure = drawing.canvas(sketch.width, sketch.height)
         left, bottom, right, top = sketch.margins
         sketch.draw(drawing.axes(figure, left, bottom, right, top))
-        found.append(Panel(sketch.title, drawing.svg(figure, f"{name}-{index}", sketch.alt), sketch.note))
-    return tuple(found), drawing.png(sheet(sketches, columns) if sketches else drawing.empty())
+        drawn.append(Panel(sketch.title, drawing.svg(figure, f"{name}-{index}", sketch.alt), sketch.note))
+    return tuple(drawn), drawing.png(sheet(sketches, columns) if sketches else drawing.empty())
 
 
 def sheet(sketches: Sequence[Sketch], columns: int) -> Figure:
@@ -166,7 +167,7 @@ def rates(findings: Findings) -> list[Sketch]:
             arm.arm,
             f"Validation loss of {arm.arm}: {spoken(arm)}.",
             lambda axes, arm=arm: draw_rates(axes, arm, low, high),
-            "edge of grid" if arm.edge else "" if arm.rate is not None else "not all run yet",
+            sentences.edge(arm) if arm.edge else "" if arm.rate is not None else "not all run yet",
         )
         for arm in arms
     ]

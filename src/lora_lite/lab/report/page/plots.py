@@ -6,7 +6,8 @@ from matplotlib.figure import Figure
 
 from lora_lite.lab.findings.findings import Findings
 from lora_lite.lab.numerals import percent
-from lora_lite.lab.report.page import bars, drawing, panels
+from lora_lite.lab.report import sentences
+from lora_lite.lab.report.page import bars, drawing, overview, panels
 from lora_lite.lab.report.page.front import Point, front_of, points_of
 from lora_lite.lab.report.page.scatter import NARROW, WIDE, base_fits, draw_scatter
 
@@ -17,8 +18,8 @@ AXES = {  # name of the file -> field of Cost, label
 
 
 @dataclass(frozen=True)
-class Scatter:
-    """Accuracy against a cost: SVG for wide and for narrow windows (both empty if nothing is measured), and words."""
+class Picture:
+    """A picture for wide and for narrow windows, as SVG (both empty if nothing is measured), and words."""
 
     file: str
     title: str
@@ -31,7 +32,8 @@ class Scatter:
 class Plots:
     """All pictures of a study. files: name of a PNG -> its bytes."""
 
-    scatters: tuple[Scatter, ...]
+    overview: Picture
+    scatters: tuple[Picture, ...]
     curves: tuple[panels.Panel, ...]
     rates: tuple[panels.Panel, ...]
     costs: tuple[panels.Panel, ...]
@@ -42,6 +44,7 @@ def plot(findings: Findings) -> Plots:
     """Draw everything. What is not measured yet is said in its picture's place."""
     scatters, files = [], {}
     with drawing.style():
+        first, files["accuracy.png"] = outcome(findings)
         for name in AXES:
             field, label = AXES[name]
             points = points_of(findings, field)
@@ -51,14 +54,26 @@ def plot(findings: Findings) -> Plots:
         curves, files["learning-curves.png"] = panels.panels(panels.curves(findings), "curves", columns=6)
         rates, files["rates.png"] = panels.panels(panels.rates(findings), "rates", columns=6)
         costs, files["costs.png"] = panels.panels(bars.costs(findings), "costs", columns=3)
-    return Plots(tuple(scatters), curves, rates, costs, files)
+    return Plots(first, tuple(scatters), curves, rates, costs, files)
 
 
-def scatter(findings: Findings, name: str, points: list[Point], wide: Figure) -> Scatter:
+def outcome(findings: Findings) -> tuple[Picture, bytes]:
+    """The accuracies of all arms: the picture of the page's head, and the same as a PNG."""
+    file, title = "accuracy.png", "Accuracy of each arm"
+    if not overview.rows(findings):
+        return Picture(file, title, "", "", ""), drawing.png(drawing.empty())
+    alt = f"{title}, with 95% intervals; the numbers are in the table. {sentences.decision(findings)}"
+    figures = {"wide": overview.draw(findings, WIDE[0]), "narrow": overview.draw(findings, NARROW[0])}
+    png = drawing.png(figures["wide"])
+    drawn = {kind: drawing.svg(figure, f"accuracy-{kind}", alt, f"chart {kind}") for kind, figure in figures.items()}
+    return Picture(file, title, drawn["wide"], drawn["narrow"], ""), png
+
+
+def scatter(findings: Findings, name: str, points: list[Point], wide: Figure) -> Picture:
     """The scatter for both kinds of windows, with a caption that claims no more than the intervals do."""
     title = f"Accuracy against {AXES[name][1]}"
     if not points:
-        return Scatter(f"{name}.png", title, "", "", "No arm has both an accuracy and this cost yet.")
+        return Picture(f"{name}.png", title, "", "", "No arm has both an accuracy and this cost yet.")
     front, near = front_of(points)
     named = ", ".join(points[index].arm for index in front)
     caption = (
@@ -78,4 +93,4 @@ def scatter(findings: Findings, name: str, points: list[Point], wide: Figure) ->
     alt = f"{title}: {len(points)} arms; the numbers are in the table. On the Pareto front: {named}."
     figures = {"wide": wide, "narrow": draw_scatter(findings, AXES[name][1], points, NARROW)}
     drawn = {kind: drawing.svg(figure, f"{name}-{kind}", alt, f"chart {kind}") for kind, figure in figures.items()}
-    return Scatter(f"{name}.png", title, drawn["wide"], drawn["narrow"], caption)
+    return Picture(f"{name}.png", title, drawn["wide"], drawn["narrow"], caption)

@@ -7,55 +7,38 @@ from itertools import pairwise
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from lora_lite.lab.findings.findings import Findings
 from lora_lite.lab.numerals import compact, percent, tidy
-from lora_lite.lab.report.page import drawing, labels
-from lora_lite.lab.report.page.drawing import BETTER, INK, MUTED, PAPER, TIE, WORSE
+from lora_lite.lab.report.page import drawing, labels, marks
+from lora_lite.lab.report.page.drawing import INK, MUTED, PAPER, TIE
 from lora_lite.lab.report.page.front import Point, front_of, overlap
+from lora_lite.lab.report.page.marks import MARK, MARKS
 
 WIDE, NARROW = (1080, 540), (358, 580)  # pixels of a scatter, on a desk and on a telephone
 FRONT = "_front"  # label of its lines
-MARK = 7.0  # pixels of a point
 APART = 3.0  # pixels between bars that would hide each other
 AWAY = 8.0  # pixels that a bar may stand off its point
 LINEAR = 0.4  # decades that the linear part of an axis from zero takes
-MARKS = {  # verdict -> marker, colour, what it says of the baseline
-    "baseline": ("D", INK, "{}, the baseline"),
-    "better": ("^", BETTER, "better than {}"),
-    "worse": ("v", WORSE, "worse than {}"),
-    "tie": ("o", TIE, "not separated from {}"),
-    "": ("X", MUTED, "needs two seeds to compare"),
-}
 
 
 def draw_scatter(findings: Findings, label: str, points: list[Point], size: tuple[int, int]) -> Figure:
     """Points with intervals, front, base and labels. label: of the cost."""
     narrow = size[0] < 600
     figure = drawing.canvas(*size)
-    legend = [verdict for verdict in MARKS if any(point.verdict == verdict for point in points)]
-    rows = math.ceil(len(legend) / (2 if narrow else 5))
+    verdicts = {point.verdict for point in points}
+    rows = marks.legend_rows(verdicts, narrow)
     axes = drawing.axes(figure, left=38, bottom=56 if narrow else 42, right=14, top=30 + 18 * rows)
     items = f"accuracy on {findings.items:,} test items, with 95% interval"
     figure.text(4 / size[0], 1 - 6 / size[1], items, va="top", color=MUTED, fontsize=11.5)
-    handles = [handle(findings, verdict) for verdict in legend]
-    style = {
-        "frameon": False,
-        "borderaxespad": 0,
-        "handletextpad": 0.2,
-        "columnspacing": 1.4,
-        "fontsize": 11 if narrow else 12,
-    }
-    place = {"loc": "upper left", "bbox_to_anchor": (2 / size[0], 1 - 24 / size[1])}
-    figure.legend(handles=handles, ncols=2 if narrow else 5, **place, **style)
+    marks.draw_legend(figure, findings, verdicts, narrow, below=24)
     set_scales(axes, findings, points)
     axes.set_xlabel(label + (",\n" if narrow else ", ") + scale_of(axes), loc="right")
     pixels = axes.transData.transform([(point.cost, point.accuracy.mean) for point in points])
     bars = axes.transData.inverted().transform(np.stack([set_apart(pixels[:, 0]), pixels[:, 1]], -1))[:, 0].tolist()
     for point, bar in zip(points, bars, strict=True):
-        (marker, colour, _), (low, mean, high) = MARKS[point.verdict], ends_of(point)
+        (marker, colour), (low, mean, high) = MARKS[point.verdict], ends_of(point)
         look = {"color": colour, "linewidth": 1.1, "alpha": 0.75}
         axes.plot([bar, bar], [low, high], **look)
         axes.plot([point.cost, bar], [mean, mean], **look)
@@ -64,13 +47,6 @@ def draw_scatter(findings: Findings, label: str, points: list[Point], size: tupl
     draw_labels(axes, points, bars, covered, 10 if narrow else 12)
     axes.tick_params(labelsize=10 if narrow else 11.5)
     return figure
-
-
-def handle(findings: Findings, verdict: str) -> Line2D:
-    """An entry of the legend."""
-    marker, colour, words = MARKS[verdict]
-    look = {"color": colour, "markersize": MARK, "markeredgecolor": PAPER, "linestyle": ""}
-    return Line2D([], [], marker=marker, label=words.format(findings.baseline), **look)
 
 
 def ends_of(point: Point) -> tuple[float, float, float]:
@@ -141,12 +117,12 @@ def scale_of(axes: Axes) -> str:
 def set_apart(pixels: np.ndarray) -> np.ndarray:
     """Where to draw the bars of points at `pixels` (n,): those that would hide each other are spread around their
     middle, each at most AWAY from its point."""
-    found, order = pixels.copy(), np.argsort(pixels, kind="stable")
+    apart, order = pixels.copy(), np.argsort(pixels, kind="stable")
     breaks = np.flatnonzero(np.diff(pixels[order]) >= APART) + 1
     for run in np.split(order, breaks):
         half = min(APART * (len(run) - 1) / 2, AWAY)
-        found[run] = pixels[run].mean() + np.linspace(-half, half, len(run)) if half else pixels[run]
-    return np.clip(found, pixels - AWAY, pixels + AWAY)
+        apart[run] = pixels[run].mean() + np.linspace(-half, half, len(run)) if half else pixels[run]
+    return np.clip(apart, pixels - AWAY, pixels + AWAY)
 
 
 def draw_front(axes: Axes, points: Sequence[Point]) -> list[tuple[float, float, float, float]]:

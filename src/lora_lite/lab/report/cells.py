@@ -1,4 +1,4 @@
-"""What stands in the cells of the table of arms. A missing value is a dash that says why."""
+"""What stands in the cells of the table of arms. A missing value is a dash, and the page says why it is missing."""
 
 import math
 from collections.abc import Callable
@@ -21,15 +21,8 @@ from lora_lite.lab.numerals import (
     signed,
     span,
 )
+from lora_lite.lab.report import sentences
 
-VERDICTS = {  # verdict -> what the table says
-    "baseline": "◆ baseline",
-    "better": "▲ better",
-    "worse": "▼ worse",
-    "tie": "● tie",
-    "": "needs two seeds",
-}
-EDGE = "at the grid's edge"  # of an arm whose chosen rate is the lowest or the highest that was tried
 ITEMS_ONLY = "items only"  # of an interval that says nothing of other seeds
 UNCOMPARED = "not comparable yet: the arm or the baseline has fewer than two seeds"
 WORST = 10_000  # more places than a study has arms
@@ -47,6 +40,7 @@ class Cell:
         mark: a class of the style sheet.
         forest: for a difference, where its interval is drawn: low, mean and high, in percent of the drawing's width.
         aside: for a difference, its p-value in words; for a tie, the difference that it would have seen.
+        line: the value where a cell has one line, as on a terminal; None: the text.
     """
 
     text: str = DASH
@@ -56,11 +50,17 @@ class Cell:
     mark: str = ""
     forest: tuple[float, float, float] | None = None
     aside: str = ""
+    line: str | None = None
+
+    @property
+    def one_line(self) -> str:
+        """The value in one line."""
+        return self.text if self.line is None else self.line
 
 
 def missing(why: str, arm: Finding) -> Cell:
     """A dash with its reason, and what the arm still lacks."""
-    lacks = f"; still missing: {', '.join(arm.missing)}" if arm.missing else ""
+    lacks = f"; still missing: {'; '.join(sentences.lacks(arm.missing))}" if arm.missing else ""
     return Cell(title=f"{why}{lacks}", mark="none")
 
 
@@ -82,10 +82,18 @@ def interval(value: Interval | None, show: Callable[[float], str], arm: Finding,
     return number(value.mean if value is not None else None, show, arm, why, note, title)
 
 
+def in_brackets(cell: Cell, value: Interval | None, show: Callable[[float], str]) -> Cell:
+    """A cell whose line has the interval too: "61.2% [52.1%, 69.6%]"."""
+    if value is None or not cell.note:
+        return cell
+    return replace(cell, line=f"{cell.text} [{show(value.low)}, {show(value.high)}]")
+
+
 def accuracy(arm: Finding) -> Cell:
     """Mean, interval, and each seed's own on pointing. Of one seed, the interval says that it covers items only."""
     each = ", ".join(f"seed {seed}: {percent(value)}" for seed, value in sorted(arm.by_seed.items()))
-    return items_only(interval(arm.accuracy, percent, arm, "no accuracy measured yet", each), len(arm.seeds) == 1)
+    cell = interval(arm.accuracy, percent, arm, "no accuracy measured yet", each)
+    return items_only(in_brackets(cell, arm.accuracy, percent), len(arm.seeds) == 1)
 
 
 def items_only(cell: Cell, so: bool) -> Cell:
@@ -107,28 +115,27 @@ def difference(arm: Finding, scale: float) -> Cell:
     """The difference to the baseline, and where its interval lies."""
     if arm.verdict == "baseline":
         return Cell("0", 0.0, title="the baseline itself")
-    if arm.method == "base" and arm.against is None:
+    if arm.bare and arm.against is None:
         return missing("the base is not an arm", arm)
-    found = interval(arm.against, points, arm, UNCOMPARED)
-    if arm.against is None or not found.note:
-        return found
+    cell = in_brackets(interval(arm.against, points, arm, UNCOMPARED), arm.against, points)
+    if arm.against is None or not cell.note:
+        return cell
     low, mean, high = (50 + 50 * end / scale for end in (arm.against.low, arm.against.mean, arm.against.high))
     p = p_value(arm.p) if arm.p is not None else ""
     alone = f"by itself, this comparison's interval is {span(arm.alone, points)}" if arm.alone is not None else ""
-    found = replace(found, mark=arm.verdict or "tie", forest=(low, mean, high), aside=p, title=alone)
-    return items_only(found, not arm.verdict)
+    cell = replace(cell, mark=arm.verdict or "tie", forest=(low, mean, high), aside=p, title=alone)
+    return items_only(cell, not arm.verdict)
 
 
 def verdict(arm: Finding) -> Cell:
     """In a word, and whether the rate was chosen at the grid's edge."""
-    if arm.method == "base" or (not arm.verdict and arm.accuracy is None):
-        return missing("the base is not an arm" if arm.method == "base" else "no accuracy measured yet", arm)
-    note = EDGE if arm.edge else ""
-    beyond = f"the {arm.edge} rate of the grid was chosen: a better one may lie beyond" if arm.edge else ""
-    title = "; ".join(filter(None, ["" if arm.verdict else UNCOMPARED, beyond]))
-    word = VERDICTS[arm.verdict]
-    mark = f"verdict {arm.verdict or 'open'}"
-    return Cell(word, list(VERDICTS).index(arm.verdict), note, title, mark, aside=could_see(arm))
+    if arm.bare or (not arm.verdict and arm.accuracy is None):
+        return missing("the base is not an arm" if arm.bare else "no accuracy measured yet", arm)
+    title = "; ".join(filter(None, ["" if arm.verdict else UNCOMPARED, sentences.edge_tip(arm)]))
+    word, mark, sees = sentences.VERDICTS[arm.verdict], f"verdict {arm.verdict or 'open'}", could_see(arm)
+    line = f"{word} ({sees})" if sees else word
+    order = list(sentences.VERDICTS).index(arm.verdict)
+    return Cell(word, order, sentences.edge(arm), title, mark, aside=sees, line=line)
 
 
 def could_see(arm: Finding) -> str:
@@ -138,40 +145,42 @@ def could_see(arm: Finding) -> str:
 
 def gist(arm: Finding) -> list[tuple[str, str]]:
     """What stands below an arm's name where the table's other columns are out of sight: (class, words)."""
-    if arm.method == "base":
+    if arm.bare:
         return []
     standing = verdict(arm)
     words = [(standing.mark, standing.text if standing.mark != "none" else "not measured yet")]
     words += [("", f"place {place(arm).text}")] if arm.places is not None else []
     words += [("flag", f"{seeds(arm).text} seeds")] if len(arm.seeds) < arm.wanted_seeds else []
-    return words + ([("flag", EDGE)] if arm.edge else [])
+    return words + ([("flag", sentences.edge(arm))] if arm.edge else [])
 
 
 def place(arm: Finding) -> Cell:
     """A range, unless the data settle it."""
     if arm.places is None:
-        return missing("the base is not an arm" if arm.method == "base" else "no accuracy to compare yet", arm)
+        return missing("the base is not an arm" if arm.bare else "no accuracy to compare yet", arm)
     best, worst = arm.places
     return Cell(str(best) if best == worst else f"{best}–{worst}", best + worst / WORST)
 
 
 def seeds(arm: Finding) -> Cell:
     """Measured of wanted."""
-    if arm.method == "base":
+    if arm.bare:
         return missing("nothing is trained", arm)
     listed = f"seeds {', '.join(map(str, arm.seeds))}" if arm.seeds else "none yet"
     few = "flag" if len(arm.seeds) < arm.wanted_seeds else ""
-    return Cell(f"{len(arm.seeds)} of {arm.wanted_seeds}", float(len(arm.seeds)), title=listed, mark=few)
+    line = f"{len(arm.seeds)}/{arm.wanted_seeds}"
+    return Cell(f"{len(arm.seeds)} of {arm.wanted_seeds}", float(len(arm.seeds)), title=listed, mark=few, line=line)
 
 
 def chosen(arm: Finding) -> Cell:
     """The rate, flagged where the best may lie beyond the grid."""
-    if arm.method == "base":
+    if arm.bare:
         return missing("nothing is trained", arm)
-    note = f"{arm.edge} of the grid" if arm.edge else ""
-    found = number(arm.rate, rate, arm, "not all rates of the grid are tried yet", note)
-    title = f"the best rate may lie beyond: {arm.edge} rate of the grid" if arm.edge else found.title
-    return Cell(found.text, found.sort, found.note, title, "flag" if arm.edge else found.mark)
+    edge = sentences.edge(arm)
+    cell = number(arm.rate, rate, arm, "not all rates of the grid are tried yet", edge)
+    if not edge:
+        return cell
+    return replace(cell, title=sentences.edge_tip(arm), mark="flag", line=f"{cell.text} ({edge})")
 
 
 def of_cost(arm: Finding, read: Callable[[Cost], float | None], show: Callable[[float], str], exact: str = "") -> Cell:
@@ -183,7 +192,7 @@ def of_cost(arm: Finding, read: Callable[[Cost], float | None], show: Callable[[
 
 def unmeasured(arm: Finding) -> str:
     """Why a cost is missing."""
-    return "the base has no adapter" if arm.method == "base" else "not measured yet"
+    return "the base has no adapter" if arm.bare else "not measured yet"
 
 
 def macs(arm: Finding) -> Cell:
@@ -211,7 +220,7 @@ def forgot(arm: Finding, name: str) -> Cell:
     change = arm.forgetting.get(name)
     if change is None:
         return missing(f"loss on {name} not measured yet", arm)
-    if arm.method == "base":
+    if arm.bare:
         return Cell(f"loss {loss(change.before)}", change.before, title="what the arms' changes are counted from")
     low, mean, high = (end - change.before for end in (change.after.low, change.after.mean, change.after.high))
     title = f"from {loss(change.before)} to {loss(change.after.mean)}"
@@ -220,5 +229,5 @@ def forgot(arm: Finding, name: str) -> Cell:
 
 def failures(arm: Finding) -> Cell:
     """How many."""
-    count = len(arm.failures)
-    return Cell(str(count), float(count), title="\n".join(arm.failures), mark="flag" if count else "")
+    count, why = len(arm.failures), "\n".join(map(sentences.failed, arm.failures))
+    return Cell(str(count), float(count), title=why, mark="flag" if count else "", line=str(count or DASH))
