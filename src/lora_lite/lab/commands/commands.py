@@ -24,14 +24,6 @@ from lora_lite.lab.tasks.gym import EXAMPLES as TASKS
 from lora_lite.lab.training import examples as reports
 from lora_lite.lab.training.run import finetune
 
-# What to do after an interruption, by command.
-RESUME = {
-    "train": "the same command with --resume goes on from the last checkpoint",
-    "bench": "the same command goes on where it stopped",
-    "study": "the same command goes on where it stopped",
-    "cost": "nothing was written",
-    "report": "nothing was measured; start it again",
-}
 STYLE = (tyro.conf.OmitArgPrefixes,)
 
 

@@ -44,14 +44,17 @@ def describe_data(
     """What a run was given, as plain data.
 
     prints, examples: fingerprint and size of both sets. task: its sources, with what it left out. tokens: what became
-    of the training examples. notes: what a reader must know.
+    of the training examples. notes: what a reader must know. prompts: the instruction of the training examples and
+    whether they go into the chat template; None where they differ.
     """
+    forms = {(example.instruction, example.chat) for example in train_set}
     return {
         "prints": {"train": fingerprint(train_set), "test": fingerprint(test_set)},
         "examples": {"train": len(train_set), "test": len(test_set)},
         "task": dict(task.provenance),
         "tokens": dataclasses.asdict(report),
         "notes": list(task.notes),
+        "prompts": dict(zip(("instruction", "chat"), forms.pop(), strict=True)) if len(forms) == 1 else None,
     }
 
 
