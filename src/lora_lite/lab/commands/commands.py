@@ -1,6 +1,7 @@
 """The commands of the lab, each a function from arguments to an exit code."""
 
 import argparse
+import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ import tyro
 from lora_lite.files.atomic import expanded, write_atomically
 from lora_lite.lab import terminal
 from lora_lite.lab.commands import flags
+from lora_lite.lab.commands.talk import invitation
 from lora_lite.lab.costs.cost import cost_table, costs
 from lora_lite.lab.findings.analysis import analyse
 from lora_lite.lab.models.devices import pick_device, pick_dtype
@@ -38,6 +40,9 @@ def train(arguments: Sequence[str], shared: Shared) -> int:
     result = finetune(run, method, training)
     reports.show(result)
     terminal.line(terminal.console(), f"all that was measured: {Path(result.summary['run']['out']) / 'result.json'}")
+    terminal.piece(
+        f"talk to it: {invitation(dataclasses.replace(run, out=Path(result.summary['run']['out'])), shared)}\n"
+    )
     shared.say(result.summary)
     return 0
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
@@ -21,6 +21,7 @@ from lora_lite.lab.talking.dialogue import Dialogue, coefficients, interruptible
 from lora_lite.lab.talking.prompts import PromptForm
 from lora_lite.lab.talking.replies import Decoding, Reply
 from lora_lite.lab.talking.trained import Trained, look, open_model
+from lora_lite.lab.training.config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class ChatFlags:
         adapter: a file that `ll.save` or `lora-lite train` wrote, or the folder of a run.
         c: the coefficient: 0 is the base, 1 the trained adapter, -1 its opposite; or several, as in -1,0,1.
         model: the base: "smollm2" (embedded), a hub id or a local folder. None: the one that the run or the file names.
-        system: the system message. None: the one of training, where the run tells it. "" for none.
+        system: the system message. None: the one of training, where the run's record holds it. "" for none.
         plain: give prompts as they stand, without the chat template.
         max_new_tokens: most tokens of a reply.
         temperature: 0 takes the likeliest token each time; 1 samples as the model predicts.
@@ -41,7 +42,7 @@ class ChatFlags:
         device: where to run. None: the GPU if there is one.
     """
 
-    adapter: tyro.conf.Positional[Path]
+    adapter: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ADAPTER")]
     c: str = "1"
     model: str | None = None
     system: str | None = None
@@ -71,7 +72,7 @@ class GenerateFlags(ChatFlags):
         prompt: what to ask; "-" reads it from standard input.
     """
 
-    prompt: tyro.conf.Positional[str] = "-"
+    prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")] = "-"
 
 
 GENERATE = (
@@ -81,8 +82,8 @@ GENERATE = (
     lora-lite generate mine.safetensors --model Qwen/Qwen3-0.6B-Base --temperature 0.8 --seed 3 - < prompt.txt
 
 Replies go to standard output, what is said about them to standard error. The prompt is written as training wrote its
-own, as far as the run's result.json beside the adapter tells. Exit code: 0 done, 1 failed, 2 flags not understood, 130
-interrupted.
+own, as far as the run's result.json beside the adapter says how. Exit code: 0 done, 1 failed, 2 flags not understood,
+130 interrupted.
 """
     + EVERYWHERE
 )
@@ -92,7 +93,7 @@ CHAT = (
     lora-lite chat runs/demo-lora
     lora-lite chat mine.safetensors --model Qwen/Qwen3-0.6B-Base --c 1,0      both replies, the adapter's and the base's
 
-Ctrl-C stops a reply, Ctrl-D or /quit ends the chat; /c 0.5 sets the coefficient, /reset forgets, /help tells the rest.
+Ctrl-C stops a reply, Ctrl-D or /quit ends the chat; /c 0.5 sets the coefficient, /reset forgets, /help lists the rest.
 With several coefficients each reply is shown for each, and the chat goes on from the first one's. It works in a pipe
 too, a line a turn. Exit code: 0 done, 1 failed (in a pipe: or a turn was), 2 flags not understood.
 """
@@ -119,7 +120,7 @@ def generate(arguments: Sequence[str], shared: Shared) -> int:
     require_text(question)
     dialogue = begin(asked, trained)
     replies = turn(dialogue, question)
-    shared.say({**told(asked, dialogue, trained), "prompt": question, "replies": as_data(replies)})
+    shared.say({**summary(asked, dialogue, trained), "prompt": question, "replies": as_data(replies)})
     return 0
 
 
@@ -131,7 +132,7 @@ def chat(arguments: Sequence[str], shared: Shared) -> int:
     if typed:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (lines can be edited, and called up again)
-        terminal.remark("Ctrl-C stops a reply, Ctrl-D or /quit ends the chat; /help tells more")
+        terminal.remark("Ctrl-C stops a reply, Ctrl-D or /quit ends the chat; /help lists the commands")
     turns, failures = list[dict[str, Any]](), 0
     while True:
         try:
@@ -145,7 +146,7 @@ def chat(arguments: Sequence[str], shared: Shared) -> int:
             terminal.remark(error)
         except KeyboardInterrupt:
             terminal.remark("\nCtrl-D or /quit ends the chat")
-    shared.say({**told(asked, dialogue, trained), "turns": turns, "failures": failures})
+    shared.say({**summary(asked, dialogue, trained), "turns": turns, "failures": failures})
     return 1 if failures and not typed else 0
 
 
@@ -171,7 +172,7 @@ def begin(asked: ChatFlags, trained: Trained) -> Dialogue:
     device = pick_device(asked.device)
     dtype = pick_dtype(asked.dtype, device)
     model, tokenizer = open_model(trained, dtype, device, asked.quantization, asked.trust_remote_code)
-    known = "as in training" if trained.form == form else "nothing here tells how training wrote its own"
+    known = "as in training" if trained.form == form else "nothing here says how training wrote its own"
     known = known if trained.form in (form, None) else "other than in training"
     terminal.remark(f"{form.described(tokenizer)}: {known}; {device}, {str(dtype).removeprefix('torch.')}")
     if also := list(trained.found["train_also"]):
@@ -270,7 +271,7 @@ def no_text(what: str, error: UnicodeError) -> RunError:
     return RunError(f"{what} is no text in {sys.stdin.encoding or 'UTF-8'} ({error}): convert it first, with iconv")
 
 
-def told(asked: ChatFlags, dialogue: Dialogue, trained: Trained) -> dict[str, Any]:
+def summary(asked: ChatFlags, dialogue: Dialogue, trained: Trained) -> dict[str, Any]:
     """What a line of JSON says of who was talked to."""
     return {
         "adapter": str(trained.where),
@@ -286,7 +287,10 @@ def as_data(replies: Sequence[Reply]) -> list[dict[str, Any]]:
     return [dataclasses.asdict(each) for each in replies]
 
 
-def invitation(adapter: Path, shared: Shared) -> str:
-    """The command that talks to an adapter, as it can be typed here."""
+def invitation(folder: str, run: RunConfig, shared: Shared) -> str:
+    """The command that talks to what a run trained into a folder, as it can be typed here."""
+    given = [folder, "--c", "1,0"]
+    given += ["--quantization", run.quantization] if run.quantization != "none" else []
+    given += ["--model", run.model, "--trust-remote-code"] if run.trust_remote_code else []
     own = sys.argv[0] if Path(sys.argv[0]).name == "lora-lite" and not shutil.which("lora-lite") else "lora-lite"
-    return shared.command("chat", [str(adapter), "--c", "1,0"]).replace("lora-lite", own, 1)
+    return shared.command("chat", given).replace("lora-lite", own, 1)

@@ -62,7 +62,7 @@ def look(path: Path, model: str | None, trust_remote_code: bool) -> Trained:
             )
     found = describe(where)
     record = _record(place.result) if where == place.adapter else {}
-    trained = [(model, "--model"), (_part(record, "run", "model", str), str(place.result)), (_base(found), "its file")]
+    trained = [(model, "--model"), (_part(record, "run", "model", str), str(place.result)), (_base(found), "the file")]
     base, named_by = next((name, by) for name, by in trained if name)
     if trust_remote_code and model is None:
         raise RunError(
@@ -83,7 +83,7 @@ def open_model(
     try:
         model, tokenizer = load_model(trained.base, dtype, device, quantization, trust_remote_code)
     except ModelError as error:
-        hint = f"\n{trained.named_by} calls the adapter's base so: give it as it is called here, with --model"
+        hint = f"\nThat is its name in {trained.named_by}; if it has another one here, give that with --model"
         raise ModelError(f"{error}{'' if trained.named_by == '--model' else hint}") from error
     try:
         ll.load(model, trained.where)
