@@ -1,7 +1,6 @@
 """The commands of the lab, each a function from arguments to an exit code."""
 
 import argparse
-import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,10 +38,9 @@ def train(arguments: Sequence[str], shared: Shared) -> int:
         return 0 if found.ok else 1
     result = finetune(run, method, training)
     reports.show(result)
-    terminal.line(terminal.console(), f"all that was measured: {Path(result.summary['run']['out']) / 'result.json'}")
-    terminal.piece(
-        f"talk to it: {invitation(dataclasses.replace(run, out=Path(result.summary['run']['out'])), shared)}\n"
-    )
+    out = result.summary["run"]["out"]
+    terminal.line(terminal.console(), f"all that was measured: {Path(out) / 'result.json'}")
+    terminal.piece(f"talk to it: {invitation(out, run, shared)}\n")
     shared.say(result.summary)
     return 0
 
