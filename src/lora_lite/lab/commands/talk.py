@@ -138,6 +138,8 @@ def chat(arguments: Sequence[str], shared: Shared) -> int:
         try:
             line = next_line()
             if line is None or line.strip() == "/quit":
+                if line is None or not typed:  # after the prompt, with nothing typed behind it
+                    terminal.piece("\n")
                 break
             with interruptible() as pressed:
                 turns += listen(dialogue, line, pressed)
@@ -240,7 +242,6 @@ def next_line() -> str | None:
     try:
         line = input("> ")
     except EOFError:
-        terminal.piece("\n")
         return None
     except UnicodeDecodeError as error:
         raise no_text("standard input", error) from error
