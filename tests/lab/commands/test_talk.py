@@ -175,7 +175,7 @@ def test_lines_that_cannot_be_followed_are_said_and_the_chat_goes_on(talk: Calla
     said, _, remarks = talk("chat", typed=typed, code=1)
     assert [turn["prompt"] for turn in said["turns"]] == [" /what", "One"] and said["failures"] == 4
     for words in (
-        "c = 'much': give a number", "c = 'nan'", "there is no /what; /help", "c = 1\n", "/reset     forget",
+        "c = 'much': give a number", "c = 'nan'", "there is no /what; /help", "c = 1\n", "/reset   forget",
         "and the model has 2048 positions: shorten the prompt, or lower --max-new-tokens",
     ):  # fmt: skip
         assert words in remarks

@@ -20,6 +20,8 @@ from lora_lite.lab.shared_flags import EVERYWHERE, Shared, TrustRemoteCode
 from lora_lite.lab.talking.dialogue import Dialogue, coefficients, interruptible
 from lora_lite.lab.talking.prompts import PromptForm
 from lora_lite.lab.talking.replies import Decoding, Reply
+from lora_lite.lab.talking.slash_commands import obey
+from lora_lite.lab.talking.standard_input import next_line, require_text, whole_input
 from lora_lite.lab.talking.trained import Trained, look, open_model
 from lora_lite.lab.training.config import RunConfig
 
@@ -99,13 +101,6 @@ too, a line a turn. Exit code: 0 done, 1 failed (in a pipe: or a turn was), 2 fl
 """
     + EVERYWHERE
 )
-HELP = """/c 0.5     set the coefficient: 0 the base, 1 the adapter, -1 its opposite; /c 1,0 shows a reply for each
-/reset     forget what was said
-/quit      end the chat; so does Ctrl-D
-/help      this
-Ctrl-C     stop a reply
-A blank before the slash says such a line to the model."""
-
 Flags = TypeVar("Flags", bound=ChatFlags)
 
 
@@ -116,7 +111,7 @@ class LineError(LoraLiteError, RuntimeError):
 def generate(arguments: Sequence[str], shared: Shared) -> int:
     """Reply to one prompt."""
     asked, trained = opened(GenerateFlags, arguments, "generate", GENERATE)
-    question = asked.prompt if asked.prompt != "-" else standard_input()
+    question = asked.prompt if asked.prompt != "-" else whole_input()
     require_text(question)
     dialogue = begin(asked, trained)
     replies = turn(dialogue, question)
@@ -137,12 +132,11 @@ def chat(arguments: Sequence[str], shared: Shared) -> int:
     while True:
         try:
             line = next_line()
-            if line is None or line.strip() == "/quit":
-                if line is None or not typed:  # after the prompt, with nothing typed behind it
-                    terminal.piece("\n")
-                break
             with interruptible() as pressed:
                 turns += listen(dialogue, line, pressed)
+        except EOFError:
+            terminal.piece("\n")
+            break
         except LineError as error:
             failures += 1
             terminal.remark(error)
@@ -216,60 +210,6 @@ def turn(dialogue: Dialogue, question: str, stop: Callable[[], bool] = lambda: F
             terminal.remark("(it ended at once)")
     dialogue.remember(question, replies[0])
     return replies
-
-
-def obey(dialogue: Dialogue, command: str, argument: str = "") -> None:
-    """Do what a line of the chat that begins with a slash asks for."""
-    if command == "/c":
-        try:
-            dialogue.cs = coefficients(argument) if argument else dialogue.cs
-        except ValueError as error:
-            raise RunError(str(error)) from error
-        terminal.remark(f"c = {', '.join(f'{c:g}' for c in dialogue.cs)}")
-        if len(dialogue.cs) > 1:
-            terminal.remark(f"each reply is shown for each; the chat goes on from that at c = {dialogue.cs[0]:g}")
-    elif command == "/reset":
-        dialogue.reset()
-        terminal.remark("forgotten")
-    elif command == "/help":
-        terminal.remark(HELP)
-    else:
-        raise RunError(f"there is no {command}; /help lists what there is, and a blank before it says it to the model")
-
-
-def next_line() -> str | None:
-    """The next line of the chat; None at the end of the input."""
-    try:
-        line = input("> ")
-    except EOFError:
-        return None
-    except UnicodeDecodeError as error:
-        raise no_text("standard input", error) from error
-    require_text(line)
-    return line
-
-
-def standard_input() -> str:
-    """All of standard input, without the line end at its end."""
-    if sys.stdin.isatty():
-        terminal.remark("the prompt is read from here; Ctrl-D ends it")
-    try:
-        return sys.stdin.read().removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise no_text("standard input", error) from error
-
-
-def require_text(text: str) -> None:
-    """Raise RunError for bytes that were no text, which Python takes along as halves of surrogate pairs."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise no_text("the prompt", error) from error
-
-
-def no_text(what: str, error: UnicodeError) -> RunError:
-    """The error for bytes that are no text."""
-    return RunError(f"{what} is no text in {sys.stdin.encoding or 'UTF-8'} ({error}): convert it first, with iconv")
 
 
 def summary(asked: ChatFlags, dialogue: Dialogue, trained: Trained) -> dict[str, Any]:

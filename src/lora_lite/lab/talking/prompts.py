@@ -50,11 +50,12 @@ def fitted(
     if not question.strip():
         raise RunError("the prompt is empty: give a question, or the beginning of a text")
     example = Example(question, "", "", form.instruction, chat=form.chat)
-    for start in range(len(history) + 1):
-        kept = history[start:]
+    ids, kept = prompt_ids(tokenizer, example, history), history
+    while kept and len(ids) + new_tokens > positions_of(model):
+        kept = kept[1:]
         ids = prompt_ids(tokenizer, example, kept)
-        if len(ids) + new_tokens <= positions_of(model):
-            return ids, kept
+    if len(ids) + new_tokens <= positions_of(model):
+        return ids, kept
     raise RunError(
         f"the prompt takes {len(ids)} tokens and its reply up to {new_tokens}, and the model has "
         f"{positions_of(model):.0f} positions: shorten the prompt, or lower --max-new-tokens"
