@@ -17,6 +17,7 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 import lora_lite as ll
+from adapter_files import forged, parts
 from helpers import perturb
 from lab_helpers import make_llama, make_tokenizer, save_tiny
 from lora_lite import cli
@@ -297,6 +298,13 @@ def damaged(run: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def not_finite(run: Path) -> None:
+    path = run / "adapter.safetensors"
+    header, tensors = parts(path.read_bytes())
+    next(value for key, value in tensors.items() if key.endswith(".A"))[0, 0] = float("inf")
+    path.write_bytes(forged(header, tensors))
+
+
 def another_base(run: Path) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -310,6 +318,7 @@ def another_base(run: Path) -> None:
     ("change", "flags", "words"),
     [
         (damaged, [], "is no whole safetensors file"),
+        (not_finite, [], ".lora.A is not finite (1 such tensors)"),
         (lambda run: (run / "adapter.safetensors").write_text("{}"), [], "is no whole safetensors file"),
         (lambda run: (run / "adapter.safetensors").unlink(), [], "holds no adapter.safetensors: give a file"),
         (lambda run: None, ["--trust-remote-code"], "give the model with --model as well"),
