@@ -1,10 +1,11 @@
-"""The command line: `lora-lite list | train | bench | study | cost | report | inspect-file`.
+"""The command line: `lora-lite list | train | generate | chat | bench | study | cost | report | inspect-file`.
 
 Exit codes: 0 done; 1 it failed, and the message says where and how to fix it; 2 the command line was not understood;
 130 interrupted. With --json the last line on standard output is one line of JSON.
 """
 
 import argparse
+import importlib
 import importlib.util
 import json
 import logging
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_lite.errors import LoraLiteError
 from lora_lite.printable import printable
@@ -24,12 +25,37 @@ if TYPE_CHECKING:  # nothing here may import torch: --help would wait for it
 LAB_HINT = "the command line needs the lab's packages: pip install 'lora-lite[lab]'"
 
 
-LAB = {  # command -> help; each is the function of that name in lab/commands.py, and explains itself with --help
-    "train": "fine-tune an adapter and measure it before and after; --probe: does this method work on this model?",
-    "bench": "compare methods with equal budgets; may be stopped and resumed at any moment",
-    "study": "run one of the library's own comparisons",
-    "cost": "what methods cost on a model, without training",
-    "report": "a page, pictures and a table of a bench or study",
+class Command(NamedTuple):
+    """A command of the lab: the function of its name in a module of lab/commands. It explains itself with --help.
+
+    about: a line for `lora-lite --help`. interrupted: what to do after an interruption.
+    """
+
+    module: str
+    about: str
+    interrupted: str
+
+
+LAB = {
+    "train": Command(
+        "commands",
+        "fine-tune an adapter and measure it before and after; --probe: does this method work on this model?",
+        "the same command with --resume goes on from the last checkpoint",
+    ),
+    "generate": Command("talk", "replies of a trained adapter, at one coefficient or several", "nothing was written"),
+    "chat": Command("talk", "talk to a trained adapter", "nothing was written"),
+    "bench": Command(
+        "commands",
+        "compare methods with equal budgets; may be stopped and resumed at any moment",
+        "the same command goes on where it stopped",
+    ),
+    "study": Command(
+        "commands", "run one of the library's own comparisons", "the same command goes on where it stopped"
+    ),
+    "cost": Command("commands", "what methods cost on a model, without training", "nothing was written"),
+    "report": Command(
+        "commands", "a page, pictures and a table of a bench or study", "nothing was measured; start it again"
+    ),
 }
 
 
@@ -40,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked, arguments = own.parse_known_args(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="lora-lite",
-        description="Small adapters for frozen models: list the methods, train one, compare them, see what they cost.",
+        description="Small adapters for frozen models: list the methods, train one, talk to it, compare them.",
         epilog="Every command takes --json, and --import my_method.py (again for more), which makes your own methods "
         "and bases known. Start with: lora-lite train --preset demo lora. Each command explains itself: lora-lite "
         "train --help",
@@ -50,8 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar=f"{{{','.join(names)}}}")
     listing = commands.add_parser("list", help="the methods, with what the registry knows of each")
     listing.add_argument("--json", action="store_true", help="as JSON, with titles and settings")
-    for name, text in LAB.items():
-        commands.add_parser(name, add_help=False, help=text)
+    for name, command in LAB.items():
+        commands.add_parser(name, add_help=False, help=command.about)
     inspect = commands.add_parser("inspect-file", help="what an adapter's file holds, without its model")
     inspect.add_argument("adapter", help="a file that lora_lite.save wrote")
     inspect.add_argument("--json", action="store_true", help="as JSON")
@@ -91,11 +117,16 @@ def inspect_file(path: str, as_json: bool) -> int:
     try:
         contents = describe(Path(path).expanduser())
     except (LoraLiteError, OSError) as error:
-        hint = " (one of your own? give --import FILE)" if "unknown method" in str(error) else ""
-        print(printable(f"lora-lite: {type(error).__name__}: {error}{hint}"), file=sys.stderr)
-        return 1
+        return failed(error)
     print(json.dumps(contents, sort_keys=True) if as_json else printable(as_text(contents)))
     return 0
+
+
+def failed(error: Exception) -> int:
+    """Say what went wrong, in a line; the exit code."""
+    hint = " (one of your own? give --import FILE)" if "unknown method" in str(error) else ""
+    print(printable(f"lora-lite: {type(error).__name__}: {error}{hint}"), file=sys.stderr)
+    return 1
 
 
 def methods() -> "dict[str, type[Adapter]]":
@@ -153,8 +184,9 @@ def lab_command(name: str, arguments: Sequence[str], imports: Sequence[str] = ()
     try:
         import transformers
 
-        from lora_lite.lab.commands import commands
         from lora_lite.lab.shared_flags import Shared
+
+        module = importlib.import_module(f"lora_lite.lab.commands.{LAB[name].module}")
     except ModuleNotFoundError as error:
         print(f"lora-lite: {error}; {LAB_HINT}", file=sys.stderr)
         return 1
@@ -163,12 +195,11 @@ def lab_command(name: str, arguments: Sequence[str], imports: Sequence[str] = ()
     flags.add_argument("--json", action="store_true")
     asked, rest = flags.parse_known_args(list(arguments))
     try:
-        return getattr(commands, name)(rest, Shared(asked.json, tuple(imports)))
+        return getattr(module, name)(rest, Shared(asked.json, tuple(imports)))
     except (LoraLiteError, ValueError, OSError) as error:
-        print(printable(f"lora-lite: {type(error).__name__}: {error}"), file=sys.stderr)
-        return 1
+        return failed(error)
     except KeyboardInterrupt:
-        print(f"lora-lite: interrupted; {commands.RESUME[name]}", file=sys.stderr)
+        print(f"lora-lite: interrupted; {LAB[name].interrupted}", file=sys.stderr)
         return 130
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_lite.files.format import empty_adapter, opened_alone, verify_checksum
+from lora_lite.files.format import empty_adapter, opened_alone, verify
 from lora_lite.registry import method_of
 
 
@@ -33,7 +33,7 @@ def describe(where: Path) -> dict[str, Any]:
     """What a file holds, as plain data. Raises CheckpointError for one that is damaged, FileNotFoundError for none."""
     with opened_alone(where) as (file, header, sizes, handle):
         tensors = _OneByOne(handle)
-        verify_checksum(file, header, tensors)
+        verify(file, header, tensors)
         digest = hashlib.sha256()
         for key in sorted(key for key in tensors if key.endswith(".sketch") and ".lora." not in key):
             digest.update(key.encode() + tensors[key].contiguous().numpy().tobytes())

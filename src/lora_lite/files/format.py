@@ -99,9 +99,7 @@ def read(where: Path, room: Room) -> File:
             raise file.error(f"holds {values:,} values, more than any adapter of this model can have")
         # Cloned, for the tensors that safetensors gives are views of the file and change when it is written to.
         file.tensors.update({key: handle.get_tensor(key).clone() for key in slices})
-    verify_checksum(file, header, file.tensors)
-    if bad := [key for key, value in file.tensors.items() if not torch.isfinite(value).all()]:
-        raise file.error(f"{bad[0]} is not finite ({len(bad)} such tensors)")
+    verify(file, header, file.tensors)
     return file
 
 
@@ -142,10 +140,12 @@ def _outline(where: Path, header: dict[str, Any], room: Room, handle: Any) -> tu
     return file, slices
 
 
-def verify_checksum(file: File, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Raise `CheckpointError` unless the header's checksum is that of the rest of it and the tensors."""
+def verify(file: File, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Raise `CheckpointError` unless the header's checksum is that of the rest of it and the tensors, all finite."""
     if checksum({key: value for key, value in header.items() if key != "checksum"}, tensors) != header["checksum"]:
         raise file.error("its checksum does not match: the file was damaged or edited; copy it again")
+    if bad := [key for key in tensors if not torch.isfinite(tensors[key]).all()]:
+        raise file.error(f"{bad[0]} is not finite ({len(bad)} such tensors)")
 
 
 def _header(where: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:

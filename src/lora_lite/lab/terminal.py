@@ -3,6 +3,7 @@
 Nothing in a text acts: brackets are no markup, colons no emoji, and control sequences are shown as escapes.
 """
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -49,3 +50,13 @@ def column(grid: Table, title: object, right: bool = False, no_wrap: bool = Fals
 def row(grid: Table, cells: Iterable[object], style: str = "") -> None:
     """Add a row. Names are on one line."""
     grid.add_row(*(Text(one_line(each)) for each in cells), style=style)
+
+
+def piece(text: object) -> None:
+    """A part of a text that goes on, such as of a reply as it comes, on standard output."""
+    print(printable(text), end="", flush=True)
+
+
+def remark(text: object) -> None:
+    """A line about the output, which does not belong to it: on standard error."""
+    print(printable(text), file=sys.stderr, flush=True)

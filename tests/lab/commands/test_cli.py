@@ -50,6 +50,8 @@ def test_train_measures_saves_and_ends_with_json(method: str, folder: Path, caps
     model = make_llama()
     assert ll.load(model, folder / "out" / "adapter.safetensors").num_trainable == summary["trainable"]
     assert not (folder / "out" / "checkpoints").exists()
+    assert printed[-2] == f"talk to it: lora-lite chat {folder / 'out'} --c 1,0"
+    assert result["data"]["prompts"] == {"instruction": "Reply with the answer only.", "chat": True}
 
 
 def test_train_tells_what_was_left_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,7 +141,7 @@ def test_errors_say_what_is_wrong(
         (["train", "--steps", "0", "lora"], "TrainConfig.steps = 0"),
         (["train", "--dtype", "float8", "lora"], "must be one of auto"),
         (["what"], "what"),
-        ([], "{list,train,bench,study,cost,report,inspect-file}"),
+        ([], "{list,train,generate,chat,bench,study,cost,report,inspect-file}"),
     ],
 )
 def test_flags_that_are_not_understood_exit_with_2(

@@ -10,6 +10,7 @@ import tyro
 from lora_lite.files.atomic import expanded, write_atomically
 from lora_lite.lab import terminal
 from lora_lite.lab.commands import flags
+from lora_lite.lab.commands.talk import invitation
 from lora_lite.lab.costs.cost import cost_table, costs
 from lora_lite.lab.findings.analysis import analyse
 from lora_lite.lab.models.base import Base
@@ -24,14 +25,6 @@ from lora_lite.lab.tasks.gym import EXAMPLES as TASKS
 from lora_lite.lab.training import examples as reports
 from lora_lite.lab.training.run import finetune
 
-# What to do after an interruption, by command.
-RESUME = {
-    "train": "the same command with --resume goes on from the last checkpoint",
-    "bench": "the same command goes on where it stopped",
-    "study": "the same command goes on where it stopped",
-    "cost": "nothing was written",
-    "report": "nothing was measured; start it again",
-}
 STYLE = (tyro.conf.OmitArgPrefixes,)
 
 
@@ -47,6 +40,7 @@ def train(arguments: Sequence[str], shared: Shared) -> int:
     reports.show(result)
     out = result.summary["run"]["out"]
     terminal.line(terminal.console(), f"all that was measured: {Path(out) / 'result.json'}")
+    terminal.piece(f"talk to it: {invitation(out, run, shared)}\n")
     shared.say(result.summary)
     return 0
 

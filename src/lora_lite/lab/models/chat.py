@@ -1,4 +1,4 @@
-"""A question in a model's chat template, whatever the template does with system messages.
+"""A question in a model's chat template, with what was said before, whatever the template does with system messages.
 
 Templates differ: some refuse a system message, some skip it, some want the content as a list of parts. What a template
 does is seen by rendering marks in place of the texts; a prompt that would lack its question or instruction is an error.
@@ -8,6 +8,8 @@ Templates come with models, and may be broken or hostile: each is tried once whe
 import contextlib
 import re
 import textwrap
+from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -17,21 +19,24 @@ from lora_lite.lab.models.bounded import why_unbounded
 
 _MARKS = ("Q7c1d0e5question", "I3b9f42ainstruction")  # letters and digits, which no template changes
 
-_BOUNDED: set[str] = set()  # templates that were tried, and end
+_BOUNDED: set[tuple[str, int]] = set()  # templates that were tried, and end: with so many questions before the last
 
 Conversation = list[dict[str, Any]]
+History = Sequence[tuple[str, str]]  # questions before this one, each with its reply
 
 
 class ChatTemplateError(LoraLiteError, ValueError):
     """A chat template that shows no question or no instruction, fails or never ends; the message says what to do."""
 
 
-def render_chat(tokenizer: PreTrainedTokenizerBase, question: str, instruction: str) -> str:
+def render_chat(tokenizer: PreTrainedTokenizerBase, question: str, instruction: str, history: History = ()) -> str:
     """The rendering, ready for the answer: the instruction as system message where that is shown, else in the user's
-    turn. Raises ChatTemplateError if the question or the instruction would not be in it."""
-    form = _form(tokenizer, bool(instruction))
-    text = str(_render(tokenizer, _conversation(form, question, instruction)))
-    for name, wanted in (("question", question), ("instruction", instruction)):
+    first turn. Raises ChatTemplateError if a question or the instruction would not be in it; earlier replies may be
+    shortened, as templates of models that think aloud do."""
+    form = _form(tokenizer, bool(instruction), len(history))
+    text = str(_render(tokenizer, _conversation(form, question, instruction, history)))
+    asked = [("question", earlier) for earlier, _ in history]
+    for name, wanted in (*asked, ("question", question), ("instruction", instruction)):
         if wanted.strip() not in text:
             raise ChatTemplateError(
                 f"the tokenizer's chat template changes the {name} {wanted[:80]!r} or leaves it out; "
@@ -40,12 +45,16 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, question: str, instruction: 
     return text
 
 
-def chat_pieces(tokenizer: PreTrainedTokenizerBase, question: str, instruction: str) -> list[tuple[str, bool]]:
-    """`render_chat` in pieces, (text, whether it is the question's or the instruction's)."""
-    whole = render_chat(tokenizer, question, instruction)
-    form = _form(tokenizer, bool(instruction))
-    marked = str(_render(tokenizer, _marked(form, bool(instruction))))
+def chat_pieces(
+    tokenizer: PreTrainedTokenizerBase, question: str, instruction: str, history: History = ()
+) -> list[tuple[str, bool]]:
+    """`render_chat` in pieces, (text, whether it is a question's, a reply's or the instruction's)."""
+    whole = render_chat(tokenizer, question, instruction, history)
+    form = _form(tokenizer, bool(instruction), len(history))
+    marked = str(_render(tokenizer, _marked(form, bool(instruction), len(history))))
     texts = {_MARKS[0]: question.strip(), _MARKS[1]: instruction.strip()}
+    earlier = chain.from_iterable(_earlier_marks(len(history)))
+    texts |= {mark: text.strip() for mark, text in zip(earlier, chain.from_iterable(history), strict=True)}
     pieces = [(marked, False)]
     for mark, text in texts.items():
         pieces = [
@@ -69,9 +78,13 @@ def _replaced(told: str, mark: str, text: str) -> list[tuple[str, bool]]:
     return pieces
 
 
-def _form(tokenizer: PreTrainedTokenizerBase, instructed: bool) -> tuple[bool, bool]:
-    """(whether the instruction is a system message, whether contents are lists of parts) of a template."""
-    _require_bounded(tokenizer)
+def _form(tokenizer: PreTrainedTokenizerBase, instructed: bool, earlier: int) -> tuple[bool, bool]:
+    """(whether the instruction is a system message, whether contents are lists of parts) of a template.
+
+    The same whatever was said before. earlier: how many questions there were, with which the template is tried.
+    """
+    _require_bounded(tokenizer, 0)
+    _require_bounded(tokenizer, earlier)
     wanted, reason = _MARKS if instructed else _MARKS[:1], ""
     for form in _forms(instructed):
         try:
@@ -93,12 +106,12 @@ def _shows_part(text: str, mark: str) -> bool:
     return re.search(rf"""text\\?['"]\s*:\s*\\?['"]{mark}""", text) is not None
 
 
-def _require_bounded(tokenizer: PreTrainedTokenizerBase) -> None:
+def _require_bounded(tokenizer: PreTrainedTokenizerBase, earlier: int) -> None:
     """Raise ChatTemplateError for a template that takes too long or too much memory with the marks alone."""
-    template = repr(tokenizer.chat_template)
-    if template in _BOUNDED:
+    tried = repr(tokenizer.chat_template), earlier
+    if tried in _BOUNDED:
         return
-    marked = [_marked(form, instructed) for instructed in (True, False) for form in _forms(instructed)]
+    marked = [_marked(form, instructed, earlier) for instructed in (True, False) for form in _forms(instructed)]
 
     def render_all() -> None:
         for conversation in marked:
@@ -110,7 +123,7 @@ def _require_bounded(tokenizer: PreTrainedTokenizerBase) -> None:
             f"the tokenizer's chat template cannot be used: {why}; give a plain prompt (chat=False), or set another "
             "tokenizer.chat_template"
         )
-    _BOUNDED.add(template)
+    _BOUNDED.add(tried)
 
 
 def _forms(instructed: bool) -> list[tuple[bool, bool]]:
@@ -118,18 +131,23 @@ def _forms(instructed: bool) -> list[tuple[bool, bool]]:
     return [(system, parts) for parts in (False, True) for system in ((True, False) if instructed else (False,))]
 
 
-def _marked(form: tuple[bool, bool], instructed: bool) -> Conversation:
-    return _conversation(form, _MARKS[0], _MARKS[1] if instructed else "")
+def _marked(form: tuple[bool, bool], instructed: bool, earlier: int = 0) -> Conversation:
+    return _conversation(form, _MARKS[0], _MARKS[1] if instructed else "", _earlier_marks(earlier))
 
 
-def _conversation(form: tuple[bool, bool], question: str, instruction: str) -> Conversation:
+def _earlier_marks(number: int) -> list[tuple[str, str]]:
+    """A mark for each earlier question and reply, none of which begins another."""
+    return [(f"E5d2a{place}asked", f"R8f61b{place}replied") for place in range(number)]
+
+
+def _conversation(form: tuple[bool, bool], question: str, instruction: str, history: History = ()) -> Conversation:
     system, parts = form
-    user = question if system or not instruction else f"{question}\n{instruction}"
-    messages = [("system", instruction)] if system else []
-    return [
-        {"role": role, "content": [{"type": "text", "text": text}] if parts else text}
-        for role, text in [*messages, ("user", user)]
-    ]
+    turns = [*chain.from_iterable(history), question]
+    if instruction and not system:
+        turns[0] = f"{turns[0]}\n{instruction}"
+    messages = [("system", instruction)] if instruction and system else []
+    messages += [("assistant" if place % 2 else "user", text) for place, text in enumerate(turns)]
+    return [{"role": role, "content": [{"type": "text", "text": text}] if parts else text} for role, text in messages]
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> Any:

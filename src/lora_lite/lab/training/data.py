@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_lite.calibration.tokens import control_tokens, literal_ids, pieces_ids, start_ids
 from lora_lite.errors import LoraLiteError
-from lora_lite.lab.models.chat import chat_pieces, render_chat
+from lora_lite.lab.models.chat import History, chat_pieces, render_chat
 from lora_lite.lab.tasks.task import Example, Task
 
 IGNORE = -100
@@ -77,31 +77,38 @@ class TokenReport:
         )
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, instruction: str = "", chat: bool = True) -> str:
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, instruction: str = "", chat: bool = True, history: History = ()
+) -> str:
     """The text that the model sees before its answer.
 
     With a chat template: the instruction as system message, the prompt as the user's turn. Templates that refuse or
     skip a system message get both in the user's turn. Without a template: prompt, instruction and a line end.
     chat: False gives the prompt as it stands. Raises ChatTemplateError if a template shows not both.
+    history: prompts before this one, with their replies; without a template, each stands before it with a line end.
     """
-    if not chat:
-        return prompt
-    if tokenizer.chat_template:
-        return render_chat(tokenizer, prompt, instruction)
-    return "\n".join(filter(None, (prompt, instruction))) + "\n"
+    if chat and tokenizer.chat_template:
+        return render_chat(tokenizer, prompt, instruction, history)
+
+    def plain(each: str) -> str:
+        return "\n".join(filter(None, (each, instruction))) + "\n" if chat else each
+
+    return "".join(f"{plain(earlier)}{reply}\n" for earlier, reply in history) + plain(prompt)
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, example: Example, history: History = ()) -> list[int]:
     """Token ids of an example's prompt, ready for the answer: no end token behind it, whatever the tokenizer adds.
 
     A chat template writes its own special tokens; an end token that it leaves behind the whole is taken off, for a
-    reply does not follow one. Names of special tokens in the example's texts are plain text.
+    reply does not follow one. Names of special tokens in the example's texts are plain text. history: see
+    `render_prompt`.
     """
-    text = render_prompt(tokenizer, example.prompt, example.instruction, example.chat)
+    text = render_prompt(tokenizer, example.prompt, example.instruction, example.chat, history)
     if not (example.chat and tokenizer.chat_template):
         return start_ids(tokenizer) + literal_ids(tokenizer, text)
-    if any(name in example.prompt or name in example.instruction for name in control_tokens(tokenizer)):
-        ids = pieces_ids(tokenizer, chat_pieces(tokenizer, example.prompt, example.instruction))
+    texts = (example.prompt, example.instruction, *itertools.chain.from_iterable(history))
+    if any(name in each for name in control_tokens(tokenizer) for each in texts):
+        ids = pieces_ids(tokenizer, chat_pieces(tokenizer, example.prompt, example.instruction, history))
     else:
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     while ids and ids[-1] == tokenizer.eos_token_id:

@@ -1,5 +1,6 @@
 """What a model can take: so many positions, and the token ids that its embedding has rows for."""
 
+import math
 from collections.abc import Sequence
 
 from transformers import PreTrainedModel
@@ -36,13 +37,18 @@ def require_positions(model: PreTrainedModel, tokens: int, what: str) -> None:
 
     A model that was extended by scaling its rotary positions, or that has none, takes any length.
     """
+    if tokens > positions_of(model):
+        raise DataError(
+            f"{what} takes {tokens} tokens, and the model has {positions_of(model):.0f} positions; shorten the prompts "
+            "(drop=..., chat=False), lower max_new_tokens or max_length, or take a model with more positions"
+        )
+
+
+def positions_of(model: PreTrainedModel) -> float:
+    """How many positions a model has; infinity where it takes any length."""
     config = model.config.get_text_config()
     named = (getattr(config, name, None) for name in POSITIONS)
     positions = next((number for number in named if isinstance(number, int) and number > 0), 0)
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     scaled = any(kind not in ("default", None) for kind in (rope.get("rope_type"), rope.get("type")))
-    if 0 < positions < tokens and not scaled and config.model_type not in UNBOUNDED:
-        raise DataError(
-            f"{what} takes {tokens} tokens, and the model has {positions} positions; shorten the prompts (drop=..., "
-            "chat=False), lower max_new_tokens or max_length, or take a model with more positions"
-        )
+    return math.inf if not positions or scaled or config.model_type in UNBOUNDED else positions

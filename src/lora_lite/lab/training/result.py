@@ -26,7 +26,8 @@ class DataRecord(TypedDict):
     """What a run was given.
 
     prints, examples: fingerprint (16 hex digits) and number of examples of "train" and "test". task: its sources, with
-    what it left out. tokens: what became of the training examples. notes: what a reader must know.
+    what it left out. tokens: what became of the training examples. notes: what a reader must know. prompts:
+    the "instruction" of the training examples and whether they go into the "chat" template; None where they differ.
     """
 
     prints: dict[str, str]
@@ -34,6 +35,7 @@ class DataRecord(TypedDict):
     task: dict[str, Any]
     tokens: TokenRecord
     notes: list[str]
+    prompts: dict[str, Any] | None
 
 
 class Asked(TypedDict):
@@ -94,12 +96,14 @@ class Result:
 def describe_data(session: Session) -> DataRecord:
     """What a session's run was given."""
     data = session.data
+    forms = {(example.instruction, example.chat) for example in data.examples["train"]}
     return {
         "prints": data.fingerprints,
         "examples": data.counts,
         "task": dict(data.task.provenance),
         "tokens": session.tokens["train"].record(),
         "notes": data.notes,
+        "prompts": dict(zip(("instruction", "chat"), forms.pop(), strict=True)) if len(forms) == 1 else None,
     }
 
 
