@@ -1,4 +1,18 @@
-"""What an adapter is: a small module under its target layer."""
+"""What an adapter is: a small module under its target layer.
+
+A method is a subclass of `Adapter`, registered with its config and facts; an adapter is an instance of it on one layer.
+Its tensors are of four kinds:
+
+- *trained*, by `self.parameter`: what an optimiser moves, and the file holds.
+- *frozen*, by `self.frozen`: filled by `init` and never moved, such as a basis, a norm of W or where a trained tensor
+  started. The file holds them, so that loading needs no calibration, no factorisation and no luck.
+- *derived*, by `self.derived`: no file holds them. `derive` makes them from the other tensors and the layer, by at most
+  one matmul: at attach and load, and whenever those or the layer's weight have been replaced.
+- *rebuildable*: those of the frozen ones, named in `rebuildable`, that are singular directions of W. A file saved with
+  `basis=False` leaves them out; `load` factorises W again, and verifies what it gets.
+
+Trained and frozen tensors have the config's dtype, whatever the model is cast to.
+"""
 
 import functools
 import math
@@ -43,6 +57,8 @@ class Adapter(nn.Module):
 
     A method defines `__init__(cfg, i, o)` (shapes only, so that it works on the meta device), `init` (values) and at
     least one of `before` (of the input) and `change` (of the output). Everything else follows from `register`.
+
+    The layer's hooks call `act_before` and `act_after`.
     """
 
     # Set by `register`.
@@ -50,7 +66,7 @@ class Adapter(nn.Module):
     facts: ClassVar[Facts]
 
     rebuildable: ClassVar[tuple[str, ...]] = ()
-    """Frozen tensors that are singular directions of W, so that `save(..., basis=False)` can leave them out."""
+    """Names of the rebuildable tensors."""
 
     path: str = ""
     """The path of its layer when it was attached, for messages."""
@@ -67,13 +83,10 @@ class Adapter(nn.Module):
     reads_weight: ClassVar[bool] = True
     """Whether it computes with W itself; then `attach` asks whether the layer computes W x + b."""
 
-    before: Callable[..., Tensor] | None = None
-    """`before(x (*b, i), layer, c) -> x' (*b, i)`: what the layer reads instead of x. None: x itself."""
-
     def __init__(self, cfg: AdapterConfig) -> None:
         super().__init__()
         self.cfg: Any = cfg
-        self.dial: Any = None
+        self.coefficient: Any = None
 
     @classmethod
     def tiny(cls) -> AdapterConfig:
@@ -83,7 +96,7 @@ class Adapter(nn.Module):
     @classmethod
     def acts(cls) -> str:
         """Where the method acts: "before" W (on the input) or "after" W (on the output)."""
-        return "after" if cls.before is None else "before"
+        return "after" if cls.before is Adapter.before else "before"
 
     @classmethod
     def needs(cls, cfg: Any) -> frozenset[str]:
@@ -101,22 +114,26 @@ class Adapter(nn.Module):
         return dict.fromkeys(shapes, cfg)
 
     def parameter(self, *shape: int, fill: float = 0.0) -> nn.Parameter:
-        """A trained tensor in the config's dtype."""
+        """A trained tensor."""
         return nn.Parameter(torch.full(shape, fill, dtype=self.cfg.dtype))
 
     def frozen(self, name: str, *shape: int) -> None:
-        """Register a tensor that is stored in the file but not trained."""
+        """Register a frozen tensor, of zeros until `init` fills it."""
         self.register_buffer(name, torch.zeros(shape, dtype=self.cfg.dtype))
 
     def derived(self, name: str, value: Tensor | None = None) -> None:
-        """Register or set a tensor that `derive` rebuilds after load, so that no file holds it."""
+        """Register a derived tensor, or (in `derive`) set it."""
         self.register_buffer(name, value, persistent=False)
 
     def init(self, layer: nn.Module, stats: Any, rng: torch.Generator) -> None:
         """Fill the tensors, on the CPU; called by `attach` only, after calibration. Zeros need nothing."""
 
     def derive(self, layer: nn.Module) -> None:
-        """Rebuild the `derived` tensors from the stored ones and the layer, by at most one matmul."""
+        """Make the derived tensors from the stored ones and the layer, by at most one matmul."""
+
+    def before(self, x: Input, layer: nn.Module, c: Tensor) -> Input:
+        """What the layer reads instead of its input x, at coefficient c. A method that does not say so leaves x."""
+        return x
 
     def change(self, x: Input, y: Output, layer: nn.Module, c: Tensor) -> Output | LowRank | None:
         """The change of the layer's output y, for its input x, at coefficient c.
@@ -126,18 +143,29 @@ class Adapter(nn.Module):
         """
         return None
 
-    def forward(self, x: Tensor, y: Tensor | None, held: Held, c: Tensor, out: Tensor | None = None) -> Tensor:
-        """What the layer reads instead of x (y None), or `out` plus the change.
+    def act_before(self, x: Input, layer: nn.Module, c: Tensor) -> Input:
+        """What the layer is to read instead of x, verified and in x's dtype."""
+        return self(self._before, x, Held(layer), c)
 
-        The layer's hooks call the module, so that its own hooks (of offloading, of sharding) fire; all use of its
-        tensors therefore lies within this call.
+    def act_after(self, out: Output, x: Input, y: Output, layer: nn.Module, c: Tensor) -> Output:
+        """`out` plus the change of the layer's own output y, verified and in the dtype of `out`."""
+        return self(self._after, out, Held(layer), x, y, c)
+
+    def forward(self, act: Callable[..., Tensor], given: Tensor, held: Held, *others: Tensor) -> Tensor:
+        """`act(given, layer, *others)`, which is `given` where nothing changes.
+
+        Both ways to act go through this call of the module, so that its own hooks (of offloading, of sharding) fire;
+        all use of its tensors lies within it.
         """
         if self.stale and not torch.compiler.is_compiling() and not held.layer.weight.is_meta:
             derive(self, held.layer)
-        if y is None or out is None:
-            assert self.before is not None
-            return self._verified("before", self.before(x, held.layer, c), x)
-        change = self.change(x, y, held.layer, c)
+        return act(given, held.layer, *others)
+
+    def _before(self, x: Tensor, layer: nn.Module, c: Tensor) -> Tensor:
+        return cast(self._verified("before", self.before(x, layer, c), x), x)
+
+    def _after(self, out: Tensor, layer: nn.Module, x: Tensor, y: Tensor, c: Tensor) -> Tensor:
+        change = self.change(x, y, layer, c)
         if change is None:
             return out
         if isinstance(change, tuple):

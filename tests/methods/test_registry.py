@@ -43,8 +43,8 @@ def test_facts(method: str) -> None:
     assert isinstance(cls.facts.affine, bool) and isinstance(cls.facts.trained, bool)
     rates = (*cls.facts.lr_range, cls.facts.lr)
     assert rates == (0, 0, 0) if not cls.facts.trained else 0 < rates[0] <= cls.facts.lr <= rates[1] < 1
-    assert cls.acts() in ("before", "after") and (cls.acts() == "before") == (cls.before is not None)
-    assert cls.before is not None or cls.change is not Adapter.change
+    assert cls.acts() == ("after" if cls.before is Adapter.before else "before")
+    assert cls.before is not Adapter.before or cls.change is not Adapter.change
     for cfg in (cls.Config(), tiny(method)):
         assert cls.needs(cfg) <= set(STATISTICS)
         for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):

@@ -82,9 +82,9 @@ def test_a_layers_change_is_the_fp64_one_to_rounding(method: str, size: float) -
     c = torch.ones((), dtype=torch.float64)
     with torch.no_grad():
         y = nn.functional.linear(x, layer.weight, layer.bias)
-        turned = x if adapter.before is None else adapter.before(x, layer, c)
+        turned = adapter.before(x, layer, c)
         change = adapter.change(turned, y, layer, c)
-        if adapter.before is not None:
+        if adapter.acts() == "before":
             found = (turned.double() - x.double()) @ layer.weight.double().T
         elif isinstance(change, tuple):
             found = change[0].double() @ change[1].double().T
@@ -96,5 +96,5 @@ def test_a_layers_change_is_the_fp64_one_to_rounding(method: str, size: float) -
     noise = relative(expected + x.double() @ W.T + b, x.double() @ W.T + b)
     # A rounding of the input or the output moves everything by EPS / 2, which is EPS / (2 noise) of the change; a
     # method that acts before W has no other way.
-    allowed = 2 * EPS + (EPS / noise if adapter.before is not None else 0.0)
+    allowed = 2 * EPS + (EPS / noise if adapter.acts() == "before" else 0.0)
     assert relative(found, expected.detach()) <= allowed

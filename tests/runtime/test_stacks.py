@@ -15,7 +15,7 @@ from lora_lite.runtime.state import find_root
 
 IDS = token_ids()
 X = torch.randn(5, 7, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-BEFORE = [method for method in METHODS if ll.methods()[method].before is not None]
+BEFORE = [method for method in METHODS if ll.methods()[method].acts() == "before"]
 AFTER = [method for method in METHODS if method not in BEFORE]
 
 

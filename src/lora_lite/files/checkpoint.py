@@ -68,7 +68,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
     header["checksum"] = checksum(header, tensors)
     # One metadata key: safetensors does not keep the order of several, and equal adapters should give equal files.
     data = to_bytes(tensors, {METADATA_KEY: json.dumps(header)})
-    _room(root).check(where, data, header, tensors)
+    room_for(root).check(where, data, header, tensors)
     write_atomically(where, data)
     return where
 
@@ -159,7 +159,7 @@ def load(
         refuse_unready(model, name)
     root = live[0] if live is not None else model
     with Transaction(root) as undo:
-        return _load(root, read(expanded(path), _room(root)), name, taken, base, undo)
+        return _load(root, read(expanded(path), room_for(root)), name, taken, base, undo)
 
 
 def _load(root: nn.Module, file: File, name: str, taken: bool, base: str, undo: Transaction) -> Attachment:
@@ -184,7 +184,8 @@ def _load(root: nn.Module, file: File, name: str, taken: bool, base: str, undo: 
     return att
 
 
-def _room(root: nn.Module) -> Room:
+def room_for(root: nn.Module) -> Room:
+    """How much an adapter's file may hold for this model."""
     layers = [shape(module) for module in root.modules() if is_linear(module)]
     own = [p.numel() for key, p in root.named_parameters() if not is_adapters_key(key, root)]
     return Room(layers, own, len(moving_buffers(root)))

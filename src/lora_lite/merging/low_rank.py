@@ -1,7 +1,7 @@
 """The change that a layer's stack makes, as low-rank factors, without forming it.
 
-Halko, Martinsson and Tropp 2011, arXiv:0806.4809 (random range finder; subspace iteration, algorithm 4.4, where a rank is
-asked for). In the fp64 copy f of the layer with its stack, the change f(x) - W x - b = dW x + db needs two products:
+Halko, Martinsson and Tropp 2011, arXiv:0806.4809 (random range finder; subspace iteration, algorithm 4.4, where a rank
+is asked for). In the fp64 copy f of the layer with its stack, the change f(x) - W x - b = dW x + db needs two products:
 
     dW X^T    (o, k)    f on k rows X (k, i), less f on a row of zeros
     Q^T dW    (r, i)    the vector-Jacobian product of f with the rows of Q^T, less Q^T W

@@ -41,7 +41,7 @@ def twin(layer: nn.Module) -> nn.Linear:
 
 
 def _in_fp64(adapter: Adapter) -> Adapter:
-    shared = {id(adapter.dial): adapter.dial, id(adapter.cfg): adapter.cfg}
+    shared = {id(adapter.coefficient): adapter.coefficient, id(adapter.cfg): adapter.cfg}
     twin_adapter = copy.deepcopy(adapter, shared)
     # Adapter._apply keeps the dtype on purpose; here it is to change.
     return nn.Module._apply(twin_adapter, lambda t: t.to("cpu", torch.float64 if t.is_floating_point() else t.dtype))  # type: ignore[return-value]
@@ -54,7 +54,7 @@ def refuse_not_affine(layer: nn.Module, path: str) -> None:
             raise NotAffineError(
                 f"{path}: {adapter.facts.name} is not affine, so no plain weight equals it; detach it first"
             )
-        if adapter.dial.value.ndim:
+        if adapter.coefficient.value.ndim:
             raise StateError(f"{path}: the coefficient has one value per row; leave that `scale` first")
 
 

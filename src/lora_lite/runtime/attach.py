@@ -24,9 +24,9 @@ from lora_lite.registry import method_of, methods
 from lora_lite.runtime.attach_cost import AttachCost, peak_memory_mb
 from lora_lite.runtime.attachment import Attachment, attachment, is_adapters_key
 from lora_lite.runtime.base_values import moved_buffers, moving_buffers, same_bits, sampled
-from lora_lite.runtime.dial import Dial
 from lora_lite.runtime.hooks import hook_layer, hook_root
 from lora_lite.runtime.readiness import ask_layer, check_layer, refuse_not_finite, refuse_unready, taken_parameters
+from lora_lite.runtime.settings import Coefficient
 from lora_lite.runtime.state import ROOT, Attached, State, refuse_merged, root_of, trained_also
 from lora_lite.runtime.train_also import find_train_also, forget_originals
 from lora_lite.runtime.transaction import Transaction
@@ -232,16 +232,16 @@ def commit(
             parameter.requires_grad_(False)
     for parameter in also.values():
         parameter.requires_grad_(True)
-    dial = Dial(name, state)
+    coefficient = Coefficient(name, state)
     for path, (layer, adapter) in built.items():
-        adapter.dial, adapter.path = dial, path
+        adapter.coefficient, adapter.path = coefficient, path
         adapter.train(layer.training)
         if "lora" not in layer._modules:
             layer.lora = nn.ModuleDict()
         layer.lora[name] = adapter  # type: ignore[operator, index]
         hook_layer(layer)
     hook_root(model, True)
-    state.adapters[name] = Attached(list(configs), dial, indices, originals, cost)
+    state.adapters[name] = Attached(list(configs), coefficient, indices, originals, cost)
     reset_compiler()
     return attachment(model, name)
 

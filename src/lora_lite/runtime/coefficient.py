@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from lora_lite.errors import CoefficientError, StateError
 from lora_lite.runtime.context import Block, Call
-from lora_lite.runtime.dial import Setting
+from lora_lite.runtime.settings import Setting
 from lora_lite.runtime.state import refuse_merged, root_of
 from lora_lite.runtime.train_also import substitute_originals
 
-Coefficient = float | Tensor | Mapping[str, float | Tensor]
+CoefficientLike = float | Tensor | Mapping[str, float | Tensor]
 
 
 class scale:
@@ -46,14 +46,15 @@ class scale:
 
     _base = False
 
-    def __init__(self, model: nn.Module, c: Coefficient) -> None:
+    def __init__(self, model: nn.Module, c: CoefficientLike) -> None:
         _, state = root_of(model)
         refuse_merged(state, "scale")
         values = c if isinstance(c, Mapping) else dict.fromkeys(state.adapters, c)
         if unknown := [name for name in values if name not in state.adapters]:
             raise CoefficientError(f"scale: no adapter named {unknown}; attached: {', '.join(state.adapters)}")
         self._settings = {
-            state.adapters[name].dial: Setting(_as_tensor(name, value), self._base) for name, value in values.items()
+            state.adapters[name].coefficient: Setting(_as_tensor(name, value), self._base)
+            for name, value in values.items()
         }
         self._blocks: list[Block] = []
         self._coefficients = state.coefficients

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lora_lite.errors import StateError
-from lora_lite.runtime.dial import TRAINED, Cell, Dial, Lasting, Setting, Settings
+from lora_lite.runtime.settings import TRAINED, Cell, Coefficient, Lasting, Setting, Settings
 
 NO_TASK = -1
 PATIENCE = 1.0  # seconds that another thread waits for a `scale` to be entered, before it takes it for a lasting one
@@ -90,9 +90,9 @@ class Coefficients:
 
     # What is in force.
 
-    def setting(self, dial: Dial) -> Setting:
+    def setting(self, coefficient: Coefficient) -> Setting:
         """The setting in force here. Raises `StateError` where a recomputation's forward pass is not known."""
-        return self._open(dial, Block | Call) or self._below(dial, self._settled)
+        return self._open(coefficient, Block | Call) or self._below(coefficient, self._settled)
 
     def call(self) -> Call | None:
         """The call of the root that runs here, or whose forward pass is computed again."""
@@ -102,12 +102,15 @@ class Coefficients:
                 return entry
         return self._forward_of(task) if task != NO_TASK else None
 
-    def snapshot(self, dials: Iterable[Dial]) -> Settings:
+    def snapshot(self, coefficients: Iterable[Coefficient]) -> Settings:
         """The settings for a call that begins here, all of one moment."""
         shared = functools.cache(self._settled)
-        return {dial: self._open(dial, Block) or self._below(dial, shared) for dial in dials}
+        return {
+            coefficient: self._open(coefficient, Block) or self._below(coefficient, shared)
+            for coefficient in coefficients
+        }
 
-    def _open(self, dial: Dial, kinds: Any) -> Setting | None:
+    def _open(self, coefficient: Coefficient, kinds: Any) -> Setting | None:
         """What the innermost open block (or call) of this context says; in a backward pass, of those begun in it."""
         task = graph_task()
         for entry in reversed(_STACK.get()):
@@ -115,22 +118,22 @@ class Coefficients:
                 continue
             if task not in (NO_TASK, entry.task):
                 return None
-            if dial in entry.settings and not (isinstance(entry, Block) and entry.ended):
-                return entry.settings[dial]
+            if coefficient in entry.settings and not (isinstance(entry, Block) and entry.ended):
+                return entry.settings[coefficient]
         return None
 
-    def _below(self, dial: Dial, shared: Callable[[], Settings]) -> Setting:
+    def _below(self, coefficient: Coefficient, shared: Callable[[], Settings]) -> Setting:
         task = graph_task()
         if task == NO_TASK:
-            return shared().get(dial, TRAINED)
+            return shared().get(coefficient, TRAINED)
         call = self._forward_of(task)
         if call is not None and call.mixed:
             raise StateError(
                 "a checkpointed layer is recomputed in backward, but `scale` was entered within the call that it "
                 "belongs to, so the coefficient it used is unknown; enter it around the call of the model"
             )
-        if call is not None and dial in call.settings:
-            return call.settings[dial]
+        if call is not None and coefficient in call.settings:
+            return call.settings[coefficient]
         if self.used:
             raise StateError(
                 "a checkpointed layer is recomputed in backward, but its forward pass did not go through the module "
@@ -190,8 +193,8 @@ class Coefficients:
         for each in lasting:
             if (each.settled or each.owner() is None) and not each.withdrawn:
                 base = {**base, **each.settings}
-        for dial, setting in base.items():
-            dial.shared.value, dial.shared.base = setting.c, setting.base
+        for coefficient, setting in base.items():
+            coefficient.shared.value, coefficient.shared.base = setting.c, setting.base
         self.mirror(base)
 
     # Blocks and calls, which begin and end in this context.
@@ -253,23 +256,23 @@ class Coefficients:
             torch.autograd.Variable._execution_engine.queue_callback(leave)
         self._recomputed[task] = call
         _TASK.set(task)
-        for dial, setting in call.settings.items():
-            dial.local.cell = Cell(setting.c, setting.base)
+        for coefficient, setting in call.settings.items():
+            coefficient.local.cell = Cell(setting.c, setting.base)
 
-    def _end_backward(self, task: int, former: int, dials: tuple[Dial, ...]) -> None:
+    def _end_backward(self, task: int, former: int, coefficients: tuple[Coefficient, ...]) -> None:
         self._recomputed.pop(task, None)
         _TASK.set(former)
-        self.mirror(dials)
+        self.mirror(coefficients)
 
-    def mirror(self, dials: Iterable[Dial]) -> None:
+    def mirror(self, coefficients: Iterable[Coefficient]) -> None:
         """Let compiled code of this thread read what is in force here."""
         _, lasting = self._shared
         here = threading.get_ident()
         fresh = [each.settings for each in lasting if each.thread == here and not each.settled and each.owner()]
-        own = {dial: setting for settings in fresh for dial, setting in settings.items()}
-        for dial in dials:
-            setting = self._open(dial, Block | Call) or own.get(dial)
-            dial.local.cell = dial.shared if setting is None else Cell(setting.c, setting.base)
+        own = {coefficient: setting for settings in fresh for coefficient, setting in settings.items()}
+        for coefficient in coefficients:
+            setting = self._open(coefficient, Block | Call) or own.get(coefficient)
+            coefficient.local.cell = coefficient.shared if setting is None else Cell(setting.c, setting.base)
 
 
 def _frame_of_the_call() -> int:

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lite.adapter import Adapter, Held, acting_on, adapters_on, cast, derive
+from lora_lite.adapter import Adapter, acting_on, adapters_on, derive
 from lora_lite.batches import batch_shape, tensors_in
 from lora_lite.errors import StateError, TargetError
 from lora_lite.layers.linear import shape
 from lora_lite.runtime.coefficient import in_generate, spread_rows
 from lora_lite.runtime.context import NO_TASK, graph_task
-from lora_lite.runtime.dial import Cell, Dial, Setting
 from lora_lite.runtime.foreign_saves import after_state_dict, guard
+from lora_lite.runtime.settings import Cell, Coefficient, Setting
 from lora_lite.runtime.skipped import note_skipped
 from lora_lite.runtime.state import ROOT, State
 
@@ -31,8 +31,8 @@ def before_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     given, put = _input(layer, args, kwargs)
     x = given.to_padded_tensor(0.0) if given.is_nested else given
     for adapter in acting_on(layer):
-        if adapter.before is not None:
-            x = cast(adapter(x, None, Held(layer), _coefficient(adapter, x)), x)
+        if adapter.acts() == "before":
+            x = adapter.act_before(x, layer, _coefficient(adapter, x))
     return put(_nested_like(x, given) if given.is_nested else x)
 
 
@@ -63,7 +63,7 @@ def _changed(layer: nn.Module, x: Tensor, y: Any) -> Tensor:
     x = x.to(y.device)
     out = y
     for adapter in acting_on(layer):
-        out = adapter(x, y, Held(layer), _coefficient(adapter, x), out)
+        out = adapter.act_after(out, x, y, layer, _coefficient(adapter, x))
     return out
 
 
@@ -76,12 +76,12 @@ def after_load(layer: nn.Module, incompatible_keys: Any) -> None:
 
 def _coefficient(adapter: Adapter, x: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
-        return spread_rows(adapter.dial.local.cell.value, x, None)
-    state: State = adapter.dial.state
+        return spread_rows(adapter.coefficient.local.cell.value, x, None)
+    state: State = adapter.coefficient.state
     call = state.coefficients.call()
     if call is not None:
         call.ran.add(id(adapter))
-    return spread_rows(state.coefficients.setting(adapter.dial).c, x, call)
+    return spread_rows(state.coefficients.setting(adapter.coefficient).c, x, call)
 
 
 def _input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Callable[[Tensor], Any]]:
@@ -101,7 +101,9 @@ def before_call(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """Note the batch's shape and the coefficients in force."""
     state: State = root.__dict__[ROOT]
     if torch.compiler.is_compiling():
-        _refuse_compiled_base(state, {attached.dial: attached.dial.local.cell for attached in state.adapters.values()})
+        _refuse_compiled_base(
+            state, {attached.coefficient: attached.coefficient.local.cell for attached in state.adapters.values()}
+        )
         return
     coefficients = state.coefficients
     if coefficients.open_blocks and getattr(root, "_is_replica", False):
@@ -109,17 +111,17 @@ def before_call(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             "nn.DataParallel runs copies of the model in threads of its own, which no `with` block reaches; use "
             "DistributedDataParallel, or set the coefficient by a bare `ll.scale(model, c)`"
         )
-    settings = coefficients.snapshot([attached.dial for attached in state.adapters.values()])
+    settings = coefficients.snapshot([attached.coefficient for attached in state.adapters.values()])
     if any(setting.base for setting in settings.values()) and _compiled_around():
         _refuse_compiled_base(state, settings)
     tokens = [kwargs[key] for key in TOKENS if key in kwargs]  # before images, of which a row may have several
     coefficients.begin(settings, *batch_shape(tensors_in([tokens, args, kwargs])), partial(in_generate, root))
 
 
-def _refuse_compiled_base(state: State, settings: Mapping[Dial, Setting | Cell]) -> None:
+def _refuse_compiled_base(state: State, settings: Mapping[Coefficient, Setting | Cell]) -> None:
     """Compiled code holds the trained weights themselves, so it cannot take the base's in their place."""
     for name, attached in state.adapters.items():
-        if (attached.originals or state.buffers) and settings[attached.dial].base:
+        if (attached.originals or state.buffers) and settings[attached.coefficient].base:
             raise StateError(
                 f"disabled: a compiled model reads the weights that {name!r} trains as well (train_also), and running "
                 "averages, as they are, so it cannot be the base; call the uncompiled model here"
@@ -173,7 +175,7 @@ def hook_layer(layer: nn.Module) -> None:
     The one on the output comes first, whenever it is put: other tools' hooks see what the adapted layer computes.
     """
     adapters = adapters_on(layer)
-    _set_hook(layer, "forward_pre", before_layer, any(adapter.before is not None for adapter in adapters))
+    _set_hook(layer, "forward_pre", before_layer, any(adapter.acts() == "before" for adapter in adapters))
     _set_hook(layer, "forward", after_layer, bool(adapters), prepend=True)
     loading = layer._load_state_dict_post_hooks
     _set_plain_hook(loading, layer.register_load_state_dict_post_hook, after_load, bool(adapters))

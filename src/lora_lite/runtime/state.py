@@ -14,7 +14,7 @@ from lora_lite.config import AdapterConfig
 from lora_lite.errors import StateError
 from lora_lite.runtime.attach_cost import AttachCost
 from lora_lite.runtime.context import Coefficients
-from lora_lite.runtime.dial import Dial
+from lora_lite.runtime.settings import Coefficient
 
 ROOT = "_lora_lite"
 Samples = dict[str, tuple[Tensor, tuple[int, ...]]]  # some values of each parameter, and its shape
@@ -26,7 +26,7 @@ class Attached:
     cost (None where it was loaded), how many layers each given name matched, and what defaults left out."""
 
     configs: list[AdapterConfig]
-    dial: Dial
+    coefficient: Coefficient
     targets: dict[str, int]
     originals: dict[str, Tensor] = field(default_factory=dict)
     cost: AttachCost | None = None

@@ -29,7 +29,7 @@ class Substituting(dict[str, Any]):
             return parameter
         adapter, key = self.also[name]
         attached = self.state.adapters.get(adapter)
-        if attached is None or not self.state.coefficients.setting(attached.dial).base:
+        if attached is None or not self.state.coefficients.setting(attached.coefficient).base:
             return parameter
         with torch.inference_mode(False), torch.no_grad():
             original = attached.originals[key] = attached.originals[key].to(parameter.device)
@@ -46,7 +46,7 @@ class SubstitutingBuffers(dict[str, Any]):
         buffer, key = super().__getitem__(name), f"{self.path}.{name}" if self.path else name
         if torch.compiler.is_compiling() or key not in self.state.buffers:
             return buffer
-        if not all(self.state.coefficients.setting(each.dial).base for each in self.state.adapters.values()):
+        if not all(self.state.coefficients.setting(each.coefficient).base for each in self.state.adapters.values()):
             return buffer
         return self.state.buffers[key].to(buffer.device, buffer.dtype, copy=True)  # what train mode moves is dropped
 

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from lora_lite.adapter import Adapter, Held
+from lora_lite.adapter import Adapter
 from lora_lite.config import AdapterConfig
 from lora_lite.registry import method_of
 
@@ -68,9 +68,9 @@ def _added(cfg: AdapterConfig, i: int, o: int, bias: bool) -> Macs:
 def _count(adapter: Adapter, layer: nn.Linear, tokens: int, i: int, o: int) -> int:
     x, y, c = torch.zeros(tokens, i), torch.zeros(tokens, o), torch.ones((), dtype=torch.float64)
     with FlopCounterMode(display=False) as counter:
-        if adapter.before is not None:
-            adapter(x, None, Held(layer), c)
-        adapter(x, y, Held(layer), c, y)
+        if adapter.acts() == "before":
+            adapter.act_before(x, layer, c)
+        adapter.act_after(y, x, y, layer, c)
     return counter.get_total_flops() // 2
 
 

@@ -24,7 +24,7 @@ class _Local(threading.local):
         self.cell = cell
 
 
-class Dial:
+class Coefficient:
     """The coefficient c of one adapter, common to its layers: a plain tensor, 0-dim, or (B,) with one value a row.
 
     A Python float would make `torch.compile` compile again for each value, a registered buffer would be cast by
@@ -57,7 +57,7 @@ class Setting:
     base: bool = False
 
 
-Settings = Mapping[Dial, Setting]
+Settings = Mapping[Coefficient, Setting]
 TRAINED = Setting(torch.ones((), dtype=torch.float64, device="cpu"))
 
 
