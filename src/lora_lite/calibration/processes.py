@@ -1,7 +1,7 @@
 """Several processes that attach the same adapters: they meet before any of them waits for another's tensors."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -44,9 +44,9 @@ def meet(name: str, configs: Iterable[AdapterConfig]) -> None:
         raise StateError(f"attach: process {rank} attaches {what}, another one {different[0]} or other settings")
 
 
-def broadcast(adapters: Mapping[str, nn.Module]) -> None:
+def broadcast(adapters: Iterable[nn.Module]) -> None:
     """Give every process the tensors of rank 0, since factorisations may differ in sign or order between machines."""
-    for tensor in (t for adapter in adapters.values() for t in _stored(adapter)) if _several() else ():
+    for tensor in (t for adapter in adapters for t in _stored(adapter)) if _several() else ():
         dist.broadcast(tensor.detach(), src=0)
 
 

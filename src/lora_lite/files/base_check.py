@@ -5,7 +5,7 @@ no adapter acts on and no file holds, is then distinguished from another one.
 """
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lora_lite.calibration.statistics import generator
 from lora_lite.errors import BaseMismatchError, LoraLiteWarning, StateError
 from lora_lite.layers.linear import dense, shape
+from lora_lite.layers.targets import Target
 from lora_lite.numerics import full_precision
 from lora_lite.patterns import LONGEST
 from lora_lite.runtime.attachment import is_adapters_key
@@ -58,7 +59,7 @@ def sketch(layer: nn.Module, path: str) -> Tensor:
         return dense(layer)[rows.to(layer.weight.device)].to("cpu", torch.float32) @ z  # type: ignore[union-attr, arg-type]
 
 
-def samples(root: nn.Module, targets: Iterable[str], also: Iterable[str]) -> Samples:
+def samples(root: nn.Module, state: State, targets: Iterable[str], also: Iterable[str]) -> Samples:
     """Of the base's samples, as they were when the first adapter was attached, those that a file remembers.
 
     The weights of `targets` have sketches, and the file holds the values of those named in `also`.
@@ -66,7 +67,7 @@ def samples(root: nn.Module, targets: Iterable[str], also: Iterable[str]) -> Sam
     named = dict(root.named_parameters(remove_duplicate=False))
     sketched = {f"{path}.weight" for path in targets}
     held = {id(named[key]) for key in also if key in named}  # a tied parameter has another name below
-    taken = base_samples(root)
+    taken = base_samples(root, state)
     return {key: each for key, each in taken.items() if key not in sketched and id(named.get(key)) not in held}
 
 
@@ -89,32 +90,32 @@ def refuse_lost(root: nn.Module, state: State) -> None:
 
 
 def refuse_another_base(
-    where: Any, root: nn.Module, layers: Mapping[str, nn.Module], also: Iterable[str], known: Any
+    where: Any, root: nn.Module, state: State, targets: Iterable[Target], also: Iterable[str], known: Any
 ) -> None:
     """Raise `BaseMismatchError` if the model is not the base that a file was made on.
 
     Args:
         where: the file, for the message.
-        root: the model.
-        layers: the targets, by path.
+        root, state: the model.
+        targets: the layers that the file has adapters for.
         also: names of the parameters that the file holds.
         known: what the file remembers, (sketches by path, samples by name). Parameters that only one of the two models
             has, or has in another shape, are not compared: a backbone may serve under several heads.
     """
     sketches, sampled = known
     cosines = {}
-    for path, layer in layers.items():
-        here, there = sketch(layer, path), sketches[path]
+    for target in targets:
+        here, there = sketch(target.layer, target.path), sketches[target.path]
         same = torch.equal(here, there)  # also covers weights that are zero
         cosine = torch.cosine_similarity(here, there, dim=0).nan_to_num(nan=-1.0)  # NaN is below nothing
-        cosines[path] = 1.0 if same else float(cosine)
+        cosines[target.path] = 1.0 if same else float(cosine)
     worst = min(cosines, key=lambda path: cosines[path])
     if not cosines[worst] >= SKETCH_COSINE:
         raise BaseMismatchError(
             f"{where}: was trained on another base model; worst layer {worst}, cosine {cosines[worst]:.2f} < "
             f"{SKETCH_COSINE} (load(..., base='any') skips this check)"
         )
-    here = samples(root, layers, also)
+    here = samples(root, state, cosines, also)
     for key in [key for key in here if key in sampled]:
         (mine, shape_here), (theirs, shape_there) = here[key], sampled[key]
         if shape_here == shape_there and not _distance(mine, theirs) <= SAMPLE_DISTANCE:

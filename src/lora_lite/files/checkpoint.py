@@ -3,7 +3,8 @@
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from lora_lite.files.base_check import base_name, refuse_another_base, refuse_lo
 from lora_lite.files.format import FORMAT, METADATA_KEY, File, Room, checksum, empty_adapter, read
 from lora_lite.frozen_basis import rebuild
 from lora_lite.layers.linear import dense, execution_device, is_linear, shape
+from lora_lite.layers.targets import Target
 from lora_lite.registry import method_of
 from lora_lite.runtime.attach import commit
-from lora_lite.runtime.attachment import Attachment, attachment, is_adapters_key
+from lora_lite.runtime.attachment import Attachment, described, is_adapters_key
 from lora_lite.runtime.base_values import moved_buffers, moving_buffers, same_bits
-from lora_lite.runtime.readiness import check_layer, refuse_unready, taken_parameters
+from lora_lite.runtime.readiness import check_layer, ready_state, taken_parameters
 from lora_lite.runtime.state import State, adapters_of, find_root, refuse_merged, root_of, trained_also
 from lora_lite.runtime.train_also import find_train_also
 from lora_lite.runtime.transaction import Transaction
@@ -85,7 +87,7 @@ def _contents(root: nn.Module, state: State, name: str, basis: bool) -> tuple[di
         targets[target] = {"config": attached.targets[target], "changes": changes, "shape": list(shape(layer))}
         tensors |= {f"{target}.lora.{key}": value for key, value in _stored(adapter, layer, target, basis).items()}
         tensors[f"{target}.sketch"] = sketch(layer, target)
-    base, moved = samples(root, adapters, also), moved_buffers(root, state)
+    base, moved = samples(root, state, adapters, also), moved_buffers(root, state)
     tensors |= {f"also.{key}": parameter for key, parameter in also.items()}
     # Counters too as floats: exact up to 2^53, and no other kind of tensor in a file.
     tensors |= {f"buffer.{key}": b if b.is_floating_point() else b.double() for key, b in moved.items()}
@@ -154,34 +156,41 @@ def load(
     live = find_root(model)
     taken = live is not None and name in live[1].adapters
     if live is not None and taken and overwrite:
-        refuse_merged(live[1], "load")
+        root, state = live
+        refuse_merged(state, "load")
     else:
-        refuse_unready(model, name)
-    root = live[0] if live is not None else model
+        root, state = model, ready_state(model, name)
     with Transaction(root) as undo:
-        return _load(root, read(expanded(path), room_for(root)), name, taken, base, undo)
+        file = read(expanded(path), room_for(root))
+        targets = _targets(root, state, file)
+        if base == "same":
+            refuse_another_base(file.where, root, state, targets, file.also, file.base)
+        _check_buffers(root, state, file)
+        att = (_overwrite if taken else _add)(root, state, file, name, targets, undo)
+        _write_values(file, root, undo)
+        return att
 
 
-def _load(root: nn.Module, file: File, name: str, taken: bool, base: str, undo: Transaction) -> Attachment:
+def _targets(root: nn.Module, state: State, file: File) -> list[Target]:
+    """The layers that the file has adapters for, with these adapters; nothing is derived yet."""
     if not file.targets:
         raise file.error("has no targets")
-    modules, owned = dict(root.named_modules()), taken_parameters(root)
-    layers = {target: _layer(modules.get(target), file, target, owned) for target in file.targets}
-    built = {target: _build(file, target, layers[target]) for target in file.targets}
-    if base == "same":
-        refuse_another_base(file.where, root, layers, file.also, file.base)
-    _check_buffers(root, file)
-    if taken:
-        return _overwrite(root, file, name, built, undo)
-    also = _find_also(root, file, layers)
+    modules, taken = dict(root.named_modules()), taken_parameters(root, state)
+    targets = [
+        Target(path, _layer(modules.get(path), file, path, taken), dims, index, cfg)
+        for path, (index, cfg, dims) in file.targets.items()
+    ]
+    return [replace(target, adapter=_build(file, target)) for target in targets]
+
+
+def _add(
+    root: nn.Module, state: State, file: File, name: str, targets: Sequence[Target], undo: Transaction
+) -> Attachment:
+    also = _find_also(root, state, file, targets)
     _check_also(file, also)
-    for target, adapter in built.items():
-        derive(adapter, layers[target])
-    indices = {target: index for target, (index, _, _) in file.targets.items()}
-    pairs = {target: (layers[target], built[target]) for target in built}
-    att = commit(root, file.configs, name, pairs, indices, also)
-    _write_values(file, root, undo)
-    return att
+    for target in targets:
+        derive(target.adapter, target.layer)
+    return commit(root, state, name, file.configs, targets, also)
 
 
 def room_for(root: nn.Module) -> Room:
@@ -191,10 +200,9 @@ def room_for(root: nn.Module) -> Room:
     return Room(layers, own, len(moving_buffers(root)))
 
 
-def _check_buffers(root: nn.Module, file: File) -> None:
+def _check_buffers(root: nn.Module, state: State, file: File) -> None:
     """Refuse moved running averages that do not fit the model, or that another adapter's training moved as well."""
-    there, found = moving_buffers(root), find_root(root)
-    moved = moved_buffers(root, found[1]) if found is not None else {}
+    there, moved = moving_buffers(root), moved_buffers(root, state)
     for key in file.buffers:
         value = file.tensors[f"buffer.{key}"]
         if key not in there or there[key].shape != value.shape:
@@ -206,11 +214,11 @@ def _check_buffers(root: nn.Module, file: File) -> None:
             )
 
 
-def _find_also(root: nn.Module, file: File, layers: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+def _find_also(root: nn.Module, state: State, file: File, targets: Sequence[Target]) -> dict[str, nn.Parameter]:
     """The base parameters that the file holds trained values of."""
     patterns = [rf"\A{re.escape(key)}\Z" for key in file.also]
     try:
-        also = find_train_also(root, {target: (layer, 0) for target, layer in layers.items()}, patterns)
+        also = find_train_also(root, state, targets, patterns)
     except TargetError as error:
         raise file.error(f"does not fit the model: {error}") from error
     if tied := [key for key in file.also if key not in also]:
@@ -244,22 +252,23 @@ def _write_values(file: File, root: nn.Module, undo: Transaction) -> None:
         undo.write(root.get_buffer(key), file.tensors[f"buffer.{key}"])
 
 
-def _overwrite(root: nn.Module, file: File, name: str, built: dict[str, Adapter], undo: Transaction) -> Attachment:
-    _, state = root_of(root, name)
+def _overwrite(
+    root: nn.Module, state: State, file: File, name: str, targets: Sequence[Target], undo: Transaction
+) -> Attachment:
     attached, adapters = state.adapters[name], adapters_of(root, name)
-    indices = {target: index for target, (index, _, _) in file.targets.items()}
+    indices = {target.path: target.index for target in targets}
     same = attached.configs == file.configs and attached.targets == indices and list(attached.originals) == file.also
-    if not same or any(adapters[target].cfg != built[target].cfg for target in built):
+    if not same or any(adapters[target.path].cfg != target.cfg for target in targets):
         raise StateError(
             f"{file.where}: has other configs, targets or train_also than the attached {name!r}; detach that one first"
         )
     _check_also(file, {key: root.get_parameter(key) for key in file.also})
-    for target, adapter in adapters.items():
-        for key, value in built[target].state_dict().items():
+    for target in targets:
+        adapter = adapters[target.path]
+        for key, value in target.adapter.state_dict().items():
             undo.write(adapter.state_dict()[key], value)
-        derive(adapter, root.get_submodule(target))
-    _write_values(file, root, undo)
-    return attachment(root, name)
+        derive(adapter, target.layer)
+    return described(root, state, name)
 
 
 def _layer(layer: nn.Module | None, file: File, path: str, taken: Mapping[int, tuple[str, str]]) -> nn.Module:
@@ -273,8 +282,9 @@ def _layer(layer: nn.Module | None, file: File, path: str, taken: Mapping[int, t
     return layer
 
 
-def _build(file: File, path: str, layer: nn.Module) -> Adapter:
-    adapter = empty_adapter(file, path, file.targets[path][1], *shape(layer))
+def _build(file: File, target: Target) -> Adapter:
+    path, layer = target.path, target.layer
+    adapter = empty_adapter(file, path, target.cfg, *target.shape)
     own = {key: file.tensors.get(f"{path}.lora.{key}") for key in adapter.state_dict()}
     for key in () if file.basis else adapter.rebuildable:
         index, expected = (file.tensors[f"{path}.lora.{key}.{part}"] for part in ("index", "sketch"))

@@ -22,8 +22,8 @@ from lora_lite.runtime.state import State, refuse_merged, root_of, trained_also
 
 # What vLLM allocates room for, up to where an adapter is no longer small; it refuses other ranks than these.
 RANKS = (8, 16, 32, 64, 128, 256)
-# By the end of the model's class. SEQ_2_SEQ_LM is left out: peft 0.21's wrapper of it needs a method that transformers 5
-# has no more, and without a task peft wraps such a model as it is.
+# By the end of the model's class. SEQ_2_SEQ_LM is left out: peft 0.21's wrapper of it needs a method that transformers
+# 5 has no more, and without a task peft wraps such a model as it is.
 TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
@@ -151,7 +151,8 @@ def _own_type(root: nn.Module, state: State, names: list[str]) -> dict[str, Peft
     layer, at c = 1, all of one type and with the same settings."""
     kinds: dict[str, PeftType] = {}
     for path, layer in adapted_layers(root, state, names).items():
-        acting: list[Adapter] = [layer.lora[name] for name in names if name in layer.lora]  # type: ignore[union-attr, operator, index]
+        store: Any = layer.lora
+        acting: list[Adapter] = [store[name] for name in names if name in store]
         c = acting[0].coefficient.value
         kind = type_of_method(acting[0].facts.name)
         if len(acting) > 1 or kind is None or not kind.full_rank or c.ndim or float(c) != 1.0:

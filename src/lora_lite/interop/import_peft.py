@@ -2,26 +2,28 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from lora_lite.adapter import Adapter, derive
 from lora_lite.calibration.statistics import generator
-from lora_lite.config import AdapterConfig
 from lora_lite.errors import CheckpointError, LoraLiteError
 from lora_lite.files.base_check import warn_other_name
 from lora_lite.files.checkpoint import room_for
 from lora_lite.interop.peft_folder import PeftFolder, read_folder
 from lora_lite.interop.peft_types import PeftType, config_of, refuse_unknown, types_of
 from lora_lite.layers.linear import execution_device, is_linear, shape
+from lora_lite.layers.targets import Target
 from lora_lite.numerics import full_precision
 from lora_lite.patterns import near_misses
 from lora_lite.registry import method_of
 from lora_lite.runtime.attach import commit
 from lora_lite.runtime.attachment import Attachment
-from lora_lite.runtime.readiness import check_layer, refuse_unready, taken_parameters
+from lora_lite.runtime.readiness import check_layer, ready_state, taken_parameters
+from lora_lite.runtime.state import State
 from lora_lite.runtime.train_also import find_train_also
 from lora_lite.runtime.transaction import Transaction
 
@@ -47,50 +49,63 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str], name: str = "d
         CheckpointError: a type or setting that is not understood, a pickle, tensors that do not fit the model.
         TargetError, StateError: as `attach`. After any error the model is as it was.
     """
-    refuse_unready(model, name)
+    state = ready_state(model, name)
     with Transaction(model) as undo:
         given = read_folder(folder, room_for(model))
         try:
             refuse_unknown(given.settings)
-            adapters, values = _parts(model, given)
+            layers, values = _parts(given)
+            targets = _targets(model, state, layers, given)
+            _check_values(model, values, targets, given)
         except CheckpointError as error:
             raise given.error(error) from error
-        layers = {path: (model.get_submodule(path), 0) for path in adapters}
-        also = find_train_also(model, layers, [rf"\A{re.escape(key)}\Z" for key in values])
-        for path, adapter in adapters.items():
-            derive(adapter, model.get_submodule(path))
-        configs, indices = _shared(adapters)
-        pairs = {path: (model.get_submodule(path), adapter) for path, adapter in adapters.items()}
+        also = find_train_also(model, state, targets, [rf"\A{re.escape(key)}\Z" for key in values])
+        for target in targets:
+            derive(target.adapter, target.layer)
         warn_other_name(model, str(given.settings.get("base_model_name_or_path") or ""))
-        att = commit(model, configs, name, pairs, indices, also)
+        configs = list(dict.fromkeys(target.cfg for target in targets))
+        targets = [replace(target, index=configs.index(target.cfg)) for target in targets]
+        att = commit(model, state, name, configs, targets, also)
         for key, value in values.items():
             undo.write(model.get_parameter(key), value)
     return att
 
 
-def _parts(model: nn.Module, given: PeftFolder) -> tuple[dict[str, Adapter], dict[str, Tensor]]:
-    """The adapters by the path of their layer, and the values of whole parameters."""
+def _parts(given: PeftFolder) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """The tensors of each layer's adapter, by path and by the end of their key; and the values of whole parameters."""
     ends = {key for kind in types_of(given.settings["peft_type"]) for key, _ in kind.tensors.values()}
     layers: dict[str, dict[str, Tensor]] = {}
     values: dict[str, Tensor] = {}
     for key, value in given.tensors.items():
         key = key.removesuffix(".weight") if key.endswith(OLD_MAGNITUDE) else key
         end = next((end for end in ends if key.endswith(f".{end}")), None)
-        if end is not None:
-            layers.setdefault(key.removesuffix(f".{end}"), {})[end] = value
-        else:
+        if end is None:
             values[key] = value
-    modules, taken = dict(model.named_modules()), taken_parameters(model)
+        else:
+            layers.setdefault(key.removesuffix(f".{end}"), {})[end] = value
     if not layers:
-        raise CheckpointError(f"holds no tensor of a {given.settings['peft_type']}: {', '.join(list(values)[:3])}")
+        raise CheckpointError(f"holds no tensor of a {given.settings['peft_type']}, but {', '.join(list(values)[:3])}")
+    return layers, values
+
+
+def _targets(
+    model: nn.Module, state: State, layers: Mapping[str, dict[str, Tensor]], given: PeftFolder
+) -> list[Target]:
+    modules, taken = dict(model.named_modules()), taken_parameters(model, state)
     if strange := [path for path in layers if path not in modules]:
         raise CheckpointError(
             f"{len(strange)} of {len(layers)} layers are not in this {type(model).__name__}, such as {strange[0]}; "
             f"{near_misses(strange[0].rsplit('.', 1)[-1], modules)}{_shifted(strange[0], modules)}"
         )
-    adapters = {path: _adapter(path, modules[path], tensors, given, taken) for path, tensors in layers.items()}
-    _check_values(model, values, adapters, given)
-    return adapters, values
+    targets = []
+    for path, tensors in layers.items():
+        layer = modules[path]
+        if not is_linear(layer):
+            raise CheckpointError(f"{path} is a {type(layer).__name__}; only linear layers carry adapters here")
+        check_layer(path, layer, taken)
+        adapter = _adapter(path, layer, tensors, given)
+        targets.append(Target(path, layer, shape(layer), 0, adapter.cfg, adapter=adapter))
+    return targets
 
 
 def _shifted(path: str, modules: Mapping[str, nn.Module]) -> str:
@@ -102,12 +117,7 @@ def _shifted(path: str, modules: Mapping[str, nn.Module]) -> str:
     return f". (It has {outer}: pass the part of it that holds {path}.)" if outer else ""
 
 
-def _adapter(
-    path: str, layer: nn.Module, tensors: dict[str, Tensor], given: PeftFolder, taken: Mapping[int, tuple[str, str]]
-) -> Adapter:
-    if not is_linear(layer):
-        raise CheckpointError(f"{path} is a {type(layer).__name__}; only linear layers carry adapters here")
-    check_layer(path, layer, taken)
+def _adapter(path: str, layer: nn.Module, tensors: dict[str, Tensor], given: PeftFolder) -> Adapter:
     dtype = torch.float64 if any(value.dtype == torch.float64 for value in tensors.values()) else torch.float32
     kind = _kind(path, layer, tensors, given, dtype)
     full = full_precision(layer.weight.device)  # type: ignore[union-attr, arg-type]
@@ -155,14 +165,12 @@ def _kind(path: str, layer: nn.Module, tensors: dict[str, Tensor], given: PeftFo
     raise CheckpointError(f"{path}: has the tensors {shapes}, where its settings and this layer ask for {choices}")
 
 
-def _check_values(
-    model: nn.Module, values: Mapping[str, Tensor], adapters: Mapping[str, Adapter], given: PeftFolder
-) -> None:
+def _check_values(model: nn.Module, values: Mapping[str, Tensor], targets: Sequence[Target], given: PeftFolder) -> None:
     """Refuse whole parameters that are not the model's, or that belong to an adapted layer."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    adapted = {target.path for target in targets}
     for key, value in values.items():
-        owner = key.rpartition(".")[0]
-        if owner in adapters:
+        if key.rpartition(".")[0] in adapted:
             raise CheckpointError(
                 f"holds {key}, which is of an adapted layer (bias = {given.settings.get('bias')!r}); only lora_bias "
                 "and modules_to_save are understood"
@@ -173,9 +181,3 @@ def _check_values(
             raise CheckpointError(
                 f"holds {key} {tuple(value.shape)}; it is {tuple(parameters[key].shape)} in the model"
             )
-
-
-def _shared(adapters: Mapping[str, Adapter]) -> tuple[list[AdapterConfig], dict[str, int]]:
-    """The different configs, and which of them each layer has."""
-    configs = list(dict.fromkeys(adapter.cfg for adapter in adapters.values()))
-    return configs, {path: configs.index(adapter.cfg) for path, adapter in adapters.items()}

@@ -126,7 +126,8 @@ TYPES = (
     ),
     PeftType(
         "delora", "DELORA",
-        {"A": ("delora_A", same), "B": ("delora_B", same), "lam": ("delora_lambda", same), "w": ("delora_w_norm", same)},
+        {"A": ("delora_A", same), "B": ("delora_B", same), "lam": ("delora_lambda", same),
+         "w": ("delora_w_norm", same)},
         _delora, lambda cfg: {"r": cfg.r, "delora_lambda": cfg.lambda0}, start=_starts_at_zero,
     ),
 )  # fmt: skip

@@ -70,7 +70,7 @@ def verify(
         plain = {path: _output(bare.get_submodule(path), path, layer) for path, layer in layers.items()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            theirs = PeftModel.from_pretrained(bare, str(folder)).eval()  # type: ignore[arg-type]
+            theirs = PeftModel.from_pretrained(bare, str(folder)).eval()
         worst = 0.0
         for path, layer in layers.items():
             y = _output(layer, path, layer) if parts is None else plain[path] + _change(parts[path], path, layer)

@@ -147,23 +147,23 @@ def _dequantized(layer: nn.Module, weight: Tensor, kind: str) -> Tensor:
 
 @torch.no_grad()
 def computes_its_weight(layer: nn.Module, x: Tensor) -> bool:
-    """Whether the bare layer maps x (n, i) to W x + b, to the rounding of its dtype (and of activations, where
-    quantised). The layer runs in eval mode, and without its hooks."""
+    """Whether the bare layer maps x (n, i), in its dtype and on its device, to W x + b: to the rounding of that dtype
+    (and of activations, where quantised). The layer runs in eval mode, and without its hooks."""
     b, mode = bias(layer), layer.training
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32  # enough for the tolerances below
     layer.training = False
     try:
         with torch.autocast(x.device.type, enabled=False), torch.autocast("cpu", enabled=False):
-            expected = x.to("cpu", wide) @ dense(layer).to("cpu", wide).T + (0 if b is None else b.to("cpu", wide))
-            found = layer.forward(x)
+            # Not wider than the layer itself computes: where it is plain, W is neither converted nor moved.
+            expected = nn.functional.linear(x, dense(layer, x.dtype), None if b is None else b.to(x.dtype))
+            y = layer.forward(x)
     finally:
         layer.training = mode
-    if not isinstance(found, Tensor):
+    if not isinstance(y, Tensor) or y.shape != expected.shape:
         return False
     tolerance = 0.03 if x.dtype in (torch.bfloat16, torch.float16) else 1e-3
     tolerance = 0.1 if is_quantized(layer) else tolerance
-    error = (found.to("cpu", wide) - expected).norm() if found.shape == expected.shape else torch.inf
-    return bool(error <= tolerance * expected.norm())
+    expected, y = expected.cpu().double(), y.cpu().double()
+    return bool((y - expected).norm() <= tolerance * expected.norm())
 
 
 def bias(layer: nn.Module) -> Tensor | None:

@@ -17,6 +17,7 @@ from lora_lite.patterns import matches, near_misses, spells
 __all__ = [
     "Candidate",
     "Selection",
+    "Target",
     "candidates",
     "d_model_of",
     "near_misses",
@@ -54,6 +55,28 @@ class Selection:
     matched: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, tuple[int, int]] = field(default_factory=dict)
     unspelled: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A layer that is to carry an adapter, and what attaching or loading knows of it so far.
+
+    Attributes:
+        path, layer: the layer, by its path.
+        shape: (i, o).
+        index: the place of its config among those that were given.
+        cfg: its config: the one that was given, then its own (`Adapter.plan`).
+        stats: what calibration saw of it; None where its method needs nothing, or before.
+        adapter: its `Adapter`; None before.
+    """
+
+    path: str
+    layer: nn.Module
+    shape: tuple[int, int]
+    index: int
+    cfg: AdapterConfig
+    stats: Any = None
+    adapter: Any = None
 
 
 def candidates(model: nn.Module) -> list[Candidate]:

@@ -3,29 +3,30 @@
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from lora_lite.adapter import Adapter, derive, full_precision
 from lora_lite.calibration.collector import calibrate
 from lora_lite.calibration.processes import broadcast, meet
-from lora_lite.calibration.statistics import Statistics, generator
+from lora_lite.calibration.statistics import generator
 from lora_lite.config import AdapterConfig
 from lora_lite.errors import CalibrationError, LoraLiteWarning, TargetError
 from lora_lite.frozen_basis.basis import KINDS, Basis
-from lora_lite.layers.linear import execution_device, shape
+from lora_lite.layers.linear import execution_device
 from lora_lite.layers.packing import allow_packing, forbid_packing, packing_forbidden
-from lora_lite.layers.targets import Selection, left_out, left_out_words, selection, uncovered
+from lora_lite.layers.targets import Selection, Target, left_out, left_out_words, uncovered
 from lora_lite.linalg import factorising
 from lora_lite.registry import method_of, methods
 from lora_lite.runtime.attach_cost import AttachCost, peak_memory_mb
-from lora_lite.runtime.attachment import Attachment, attachment, is_adapters_key
-from lora_lite.runtime.base_values import moved_buffers, moving_buffers, same_bits, sampled
+from lora_lite.runtime.attachment import Attachment, described, is_adapters_key
+from lora_lite.runtime.base_values import moved_buffers, moving_buffers, sampled, unwritten
 from lora_lite.runtime.hooks import hook_layer, hook_root
-from lora_lite.runtime.readiness import ask_layer, check_layer, refuse_not_finite, refuse_unready, taken_parameters
+from lora_lite.runtime.readiness import ask_layer, ready_state, refuse_not_finite, select_targets, taken_parameters
 from lora_lite.runtime.settings import Coefficient
 from lora_lite.runtime.state import ROOT, Attached, State, refuse_merged, root_of, trained_also
 from lora_lite.runtime.train_also import find_train_also, forget_originals
@@ -62,54 +63,52 @@ def attach(
         ValueError: a config that does not fit a layer's shape. After any error the model is as it was.
     """
     configs = [cfg] if isinstance(cfg, AdapterConfig) else list(cfg)
-    refuse_unready(model, name)
+    state = ready_state(model, name)
     meet(name, configs)
     with Transaction(model) as undo:
-        return _attach(model, configs, calibration_data, name, train_also, undo)
+        targets, selections = select_targets(model, state, configs)
+        also = find_train_also(model, state, targets, train_also)
+        cost = AttachCost()
+        targets = _built(model, configs, targets, calibration_data, cost, undo)
+        _warn_left_out(model, selections)
+        return commit(model, state, name, configs, targets, also, cost, selections)
 
 
-def _attach(
+def _built(
     model: nn.Module,
-    configs: list[AdapterConfig],
+    configs: Sequence[AdapterConfig],
+    targets: list[Target],
     calibration_data: Iterable[Any] | None,
-    name: str,
-    train_also: Sequence[str],
+    cost: AttachCost,
     undo: Transaction,
-) -> Attachment:
-    targets, selections = select_all(model, configs)
-    also = find_train_also(model, targets, train_also)
-    layers = {path: layer for path, (layer, _) in targets.items()}
-    needs = {path: method_of(configs[index]).needs(configs[index]) for path, (_, index) in targets.items()}
-    cost = AttachCost()
+) -> list[Target]:
+    """The targets that `plan` keeps, with their finished adapters."""
     with cost("calibration"), packing_forbidden(model):
-        for path, (layer, index) in targets.items():
-            refuse_not_finite(path, layer)
-            if method_of(configs[index]).reads_weight:
-                ask_layer(path, layer)
-        needy = {path: layers[path] for path, need in needs.items() if need}
-        if calibration_data is not None and not needy:
-            warnings.warn(_unused(), LoraLiteWarning, stacklevel=3)
-        stats, (cost.tokens, cost.statistics_bytes) = calibrate(model, needy, needs, calibration_data)
+        targets = _calibrated(model, targets, calibration_data, cost)
     with cost("factorisation"):
-        planned = _plan(configs, targets, stats)
-        paths = tqdm(planned, desc="building", unit="layer", leave=False, delay=1)
-        built = {path: _build(planned[path], path, layers[path], stats.get(path), undo) for path in paths}
-        broadcast(built)
+        targets = _planned(configs, targets)
+        progress = tqdm(targets, desc="building", unit="layer", leave=False, delay=1)
+        adapters = [_build(target, undo) for target in progress]
+        broadcast(adapters)
     with cost("build"):
-        for path, adapter in built.items():
-            derive(adapter, layers[path])
-    cost.peak_memory_mb = peak_memory_mb(next(iter(layers.values())).weight.device)  # type: ignore[union-attr, arg-type]
-    indices = {path: index for path, (_, index) in targets.items() if path in built}
-    if missing := uncovered(model):
-        _warn_uncovered(missing)
-    if words := left_out_words(selections):
-        warnings.warn(words, LoraLiteWarning, stacklevel=2)
-    pairs = {path: (layers[path], adapter) for path, adapter in built.items()}
-    commit(model, configs, name, pairs, indices, also, cost)
-    attached = model.__dict__[ROOT].adapters[name]
-    attached.matched = {pattern: count for each in selections for pattern, count in each.matched.items()}
-    attached.left_out = list(left_out(selections))
-    return attachment(model, name)
+        for target, adapter in zip(targets, adapters, strict=True):
+            derive(adapter, target.layer)
+    cost.peak_memory_mb = peak_memory_mb(targets[0].layer.weight.device)  # type: ignore[union-attr, arg-type]
+    return [replace(target, adapter=adapter) for target, adapter in zip(targets, adapters, strict=True)]
+
+
+def _calibrated(model: nn.Module, targets: list[Target], data: Iterable[Any] | None, cost: AttachCost) -> list[Target]:
+    """The targets, each found fit to be read, with what their methods need to know of the data."""
+    for target in targets:
+        refuse_not_finite(target.path, target.layer)
+        if method_of(target.cfg).reads_weight:
+            ask_layer(target.path, target.layer)
+    needs = {target.path: need for target in targets if (need := method_of(target.cfg).needs(target.cfg))}
+    if data is not None and not needs:
+        warnings.warn(_unused(), LoraLiteWarning, stacklevel=4)
+    layers = {target.path: target.layer for target in targets if target.path in needs}
+    stats, (cost.tokens, cost.statistics_bytes) = calibrate(model, layers, needs, data)
+    return [replace(target, stats=stats.get(target.path)) for target in targets]
 
 
 def _unused() -> str:
@@ -121,84 +120,49 @@ def _unused() -> str:
     )
 
 
-def _warn_uncovered(missing: dict[str, int]) -> None:
-    names = list(missing)
-    warnings.warn(
-        f"fused 3-D weights stay without an adapter, since no layer is called for them: {', '.join(names[:4])}"
-        f"{f' and {len(names) - 4} more' if len(names) > 4 else ''}",
-        LoraLiteWarning,
-        stacklevel=3,
-    )
+def _warn_left_out(model: nn.Module, selections: Sequence[Selection]) -> None:
+    """Warn of what gets no adapter though nobody said so."""
+    if names := list(uncovered(model)):
+        warnings.warn(
+            f"fused 3-D weights stay without an adapter, since no layer is called for them: {', '.join(names[:4])}"
+            f"{f' and {len(names) - 4} more' if len(names) > 4 else ''}",
+            LoraLiteWarning,
+            stacklevel=3,
+        )
+    if words := left_out_words(selections):
+        warnings.warn(words, LoraLiteWarning, stacklevel=3)
 
 
-def select_all(
-    model: nn.Module, configs: Sequence[AdapterConfig]
-) -> tuple[dict[str, tuple[nn.Module, int]], list[Selection]]:
-    """The targets of all configs, path -> (layer, index of its config), and what each config selects.
-
-    Raises `TargetError` where they overlap.
-    """
-    if not configs:
-        raise ValueError("attach needs at least one config")
-    targets: dict[str, tuple[nn.Module, int]] = {}
-    taken = taken_parameters(model)
-    for cfg in configs:
-        method_of(cfg)
-    selections = [selection(model, cfg) for cfg in configs]
-    for index, each in enumerate(selections):
-        for path, layer in each.layers.items():
-            if path in targets:
-                raise TargetError(f"{path} is selected by configs {targets[path][1]} and {index}; make them disjoint")
-            check_layer(path, layer, taken)
-            targets[path] = (layer, index)
-    for path in targets:
-        parts = path.split(".")
-        above = [parent for n in range(1, len(parts)) if (parent := ".".join(parts[:n])) in targets]
-        if above:
-            raise TargetError(
-                f"{path} lies within {above[0]}, so one weight would be adapted twice (is the model wrapped by peft? "
-                "then unload it first); leave one out with exclude_names"
-            )
-    return targets, selections
-
-
-def _plan(
-    configs: Sequence[AdapterConfig], targets: dict[str, tuple[nn.Module, int]], stats: dict[str, Statistics]
-) -> dict[str, AdapterConfig]:
+def _planned(configs: Sequence[AdapterConfig], targets: Sequence[Target]) -> list[Target]:
+    """The targets that their methods' `plan` keeps, with their own configs."""
     planned: dict[str, AdapterConfig] = {}
     for index, cfg in enumerate(configs):
-        shapes = {path: shape(layer) for path, (layer, of) in targets.items() if of == index}
-        part = method_of(cfg).plan(cfg, shapes, {path: stats[path] for path in shapes if path in stats})
+        shapes = {target.path: target.shape for target in targets if target.index == index}
+        stats = {target.path: target.stats for target in targets if target.index == index and target.stats is not None}
+        part = method_of(cfg).plan(cfg, shapes, stats)
         if not part or not part.keys() <= shapes.keys():
             raise TargetError(
                 f"{method_of(cfg).__name__}.plan must give configs to some of its {len(shapes)} layers and to no "
                 f"others, but gave them to {sorted(part)[:3] or 'none'}"
             )
         planned |= part
-    return {path: planned[path] for path in targets if path in planned}
+    return [replace(target, cfg=planned[target.path]) for target in targets if target.path in planned]
 
 
-def _build(cfg: AdapterConfig, path: str, layer: nn.Module, stats: Statistics | None, undo: Transaction) -> Adapter:
-    method = method_of(cfg)
-    own = {key: p.data for key, p in layer.named_parameters(recurse=False) if type(p.data) is Tensor and not p.is_meta}
-    bits = [(key, data, data.clone()) for key, data in own.items()]
-    try:
-        full = full_precision(layer.weight.device)  # type: ignore[union-attr, arg-type]
-        with torch.no_grad(), torch.device("cpu"), full, factorising(path):
-            adapter = method_of(cfg)(cfg, *shape(layer))  # type: ignore[call-arg]
-            adapter.init(layer, stats, generator(cfg.seed, path))
-            adapter.to(execution_device(layer))
-    except CalibrationError as error:
-        raise CalibrationError(f"{path}: {error}") from error
-    except ValueError as error:
-        raise TargetError(f"{path}: {error}") from error
-    finally:
-        written = [key for key, data, before in bits if not same_bits(data, before)]
-        for key, data, before in bits:
-            if key in written:
-                undo.write(data, before)
-    if written:
-        raise TargetError(f"{path}: {method.__name__}.init wrote the base's {written[0]}; it may only read the layer")
+def _build(target: Target, undo: Transaction) -> Adapter:
+    """The adapter of a target, with its initial values; nothing is derived yet."""
+    path, layer, method = target.path, target.layer, method_of(target.cfg)
+    full = full_precision(layer.weight.device)  # type: ignore[union-attr, arg-type]
+    with unwritten(f"{path}: {method.__name__}.init", layer, undo):
+        try:
+            with torch.no_grad(), torch.device("cpu"), full, factorising(path):
+                adapter = method(target.cfg, *target.shape)  # type: ignore[call-arg]
+                adapter.init(layer, target.stats, generator(target.cfg.seed, path))
+                adapter.to(execution_device(layer))
+        except CalibrationError as error:
+            raise CalibrationError(f"{path}: {error}") from error
+        except ValueError as error:
+            raise TargetError(f"{path}: {error}") from error
     values = {key: value for key, value in adapter.state_dict().items() if not value.is_meta}
     if bad := [key for key, value in values.items() if not torch.isfinite(value).all()]:
         raise TargetError(
@@ -210,40 +174,54 @@ def _build(cfg: AdapterConfig, path: str, layer: nn.Module, stats: Statistics | 
 
 def commit(
     model: nn.Module,
-    configs: Sequence[AdapterConfig],
+    state: State,
     name: str,
-    built: dict[str, tuple[nn.Module, Adapter]],
-    indices: dict[str, int],
+    configs: Sequence[AdapterConfig],
+    targets: Sequence[Target],
     also: dict[str, nn.Parameter],
     cost: AttachCost | None = None,
+    selections: Sequence[Selection] = (),
 ) -> Attachment:
     """Add finished adapters to their layers, within the caller's transaction."""
     originals = {key: parameter.detach().to("cpu", copy=True) for key, parameter in also.items()}
-    state: State = model.__dict__.setdefault(ROOT, State())
     if not state.adapters:
-        state.requires_grad = {key: p.requires_grad for key, p in model.named_parameters()}
-        state.packing = forbid_packing(model)
-        state.samples = sampled(model)
-        state.buffers = {key: b.detach().to("cpu", copy=True) for key, b in moving_buffers(model).items()}
-    # By identity, for a tied parameter has several names.
-    trained = {id(model.get_parameter(key)) for attached in state.adapters.values() for key in attached.originals}
+        _remember(model, state)
+    trained = taken_parameters(model, state)  # by identity, for a tied parameter has several names
     for key, parameter in model.named_parameters():
         if not is_adapters_key(key, model) and id(parameter) not in trained:
             parameter.requires_grad_(False)
     for parameter in also.values():
         parameter.requires_grad_(True)
     coefficient = Coefficient(name, state)
-    for path, (layer, adapter) in built.items():
-        adapter.coefficient, adapter.path = coefficient, path
-        adapter.train(layer.training)
-        if "lora" not in layer._modules:
-            layer.lora = nn.ModuleDict()
-        layer.lora[name] = adapter  # type: ignore[operator, index]
-        hook_layer(layer)
+    for target in targets:
+        _add(target, name, coefficient)
     hook_root(model, True)
-    state.adapters[name] = Attached(list(configs), coefficient, indices, originals, cost)
+    indices = {target.path: target.index for target in targets}
+    matched = {pattern: count for each in selections for pattern, count in each.matched.items()}
+    state.adapters[name] = Attached(
+        list(configs), coefficient, indices, originals, cost, matched, list(left_out(selections))
+    )
     reset_compiler()
-    return attachment(model, name)
+    return described(model, state, name)
+
+
+def _remember(model: nn.Module, state: State) -> None:
+    """Note how the model is before its first adapter."""
+    model.__dict__[ROOT] = state
+    state.requires_grad = {key: p.requires_grad for key, p in model.named_parameters()}
+    state.packing = forbid_packing(model)
+    state.samples = sampled(model)
+    state.buffers = {key: b.detach().to("cpu", copy=True) for key, b in moving_buffers(model).items()}
+
+
+def _add(target: Target, name: str, coefficient: Coefficient) -> None:
+    layer, adapter = target.layer, target.adapter
+    adapter.coefficient, adapter.path = coefficient, target.path
+    adapter.train(layer.training)
+    if "lora" not in layer._modules:
+        layer.lora = nn.ModuleDict()
+    layer.lora[name] = adapter  # type: ignore[operator, index]
+    hook_layer(layer)
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lora_lite.adapter import Adapter
 from lora_lite.layers.targets import uncovered
 from lora_lite.runtime.attach_cost import AttachCost
-from lora_lite.runtime.state import adapters_of, root_of, trained_also
+from lora_lite.runtime.state import State, adapters_of, root_of, trained_also
 
 
 @dataclass(frozen=True, repr=False)
@@ -108,7 +108,11 @@ def stored_buffers(adapter: Adapter) -> dict[str, Tensor]:
 
 def attachment(model: nn.Module, name: str = "default") -> Attachment:
     """The `Attachment` of an adapter that is attached already. Raises `StateError` where there is none."""
-    root, state = root_of(model, name)
+    return described(*root_of(model, name), name)
+
+
+def described(root: nn.Module, state: State, name: str) -> Attachment:
+    """The `Attachment` of an adapter of that root."""
     size = sum(p.numel() for key, p in root.named_parameters() if not is_adapters_key(key, root))
     adapters, also = adapters_of(root, name), trained_also(root, name)
     attached = state.adapters[name]

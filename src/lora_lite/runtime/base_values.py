@@ -1,13 +1,18 @@
 """What training may change of the base though nobody asked for it: running averages of norms, and parameters that were
 unfrozen by hand. How they were is noted when the first adapter is attached."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
 from lora_lite.adapter import Adapter
+from lora_lite.errors import TargetError
 from lora_lite.layers.linear import is_plain
 from lora_lite.runtime.attachment import is_adapters_key
-from lora_lite.runtime.state import Samples, State, find_root
+from lora_lite.runtime.state import Samples, State
+from lora_lite.runtime.transaction import Transaction
 
 SAMPLES = 32  # values of a parameter that are noted
 
@@ -38,18 +43,33 @@ def moved_buffers(root: nn.Module, state: State) -> dict[str, Tensor]:
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of a dtype are equal, a NaN to itself."""
-    other = other.to(one.device)
-    return one.shape == other.shape and bool(
-        torch.equal(one, other)
-        or (torch.equal(one.isnan(), other.isnan()) and torch.equal(one.nan_to_num(), other.nan_to_num()))
-    )
+    """Whether two tensors hold the same bits, once the other has the first one's dtype and device."""
+    if one.shape != other.shape:
+        return False
+    pair = [t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (one, other.to(one.device, one.dtype))]
+    if all(data.numel() % 8 == 0 and data.storage_offset() % 8 == 0 for data in pair):
+        pair = [data.view(torch.int64) for data in pair]  # fewer to compare, which is several times faster
+    return torch.equal(*pair)
 
 
-def base_samples(root: nn.Module) -> Samples:
+@contextmanager
+def unwritten(where: str, layer: nn.Module, undo: Transaction) -> Iterator[None]:
+    """Raise `TargetError` if the block writes the layer's own parameters; `undo` puts them back after any error.
+
+    Copies are compared, for a write through `.data` or numpy moves no version counter; quantised and sharded
+    parameters are not watched.
+    """
+    own = {key: p.data for key, p in layer.named_parameters(recurse=False) if type(p.data) is Tensor and not p.is_meta}
+    bits = {key: undo.keep(data) for key, data in own.items()}
+    yield
+    if written := [key for key, data in own.items() if not same_bits(data, bits[key])]:
+        raise TargetError(f"{where} wrote the base's {written[0]}; it may only read the layer")
+    undo.forget(len(bits))
+
+
+def base_samples(root: nn.Module, state: State) -> Samples:
     """`sampled(root)` as it was when the first adapter was attached, or as it is where nothing is."""
-    found = find_root(root)
-    return found[1].samples if found is not None and found[1].adapters else sampled(root)
+    return state.samples if state.adapters else sampled(root)
 
 
 @torch.no_grad()

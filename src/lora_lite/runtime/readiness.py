@@ -1,13 +1,14 @@
-"""What stands in the way of an adapter: of a model, and of a layer. Each reason is an error before anything is done."""
+"""Which layers get an adapter, and what stands in its way: each reason is an error before anything is done."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
 from lora_lite.adapter import Adapter, adapters_on
 from lora_lite.calibration.statistics import generator
+from lora_lite.config import AdapterConfig
 from lora_lite.errors import LoraLiteError, StateError, TargetError
 from lora_lite.layers.linear import (
     computes_its_weight,
@@ -18,14 +19,20 @@ from lora_lite.layers.linear import (
     is_sharded,
     shape,
 )
-from lora_lite.runtime.state import find_root, refuse_merged, trained_also
+from lora_lite.layers.targets import Selection, Target, selection
+from lora_lite.registry import method_of
+from lora_lite.runtime.state import State, find_root, refuse_merged, trained_also
 
 ADAPTER_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 WRAPPERS = ("OptimizedModule", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule")
 
 
-def refuse_unready(model: nn.Module, name: str) -> None:
-    """Raise a `StateError` that says why the model cannot take an adapter of that name, if so."""
+def ready_state(model: nn.Module, name: str) -> State:
+    """What a model remembers that can take an adapter of that name; a new state where nothing is attached yet.
+
+    Raises:
+        StateError: it cannot take one; the message says why.
+    """
     if not ADAPTER_NAME.fullmatch(name) or hasattr(nn.ModuleDict(), name):
         raise StateError(
             f"adapter name {name!r}: must match {ADAPTER_NAME.pattern} and be no attribute of nn.ModuleDict"
@@ -43,7 +50,7 @@ def refuse_unready(model: nn.Module, name: str) -> None:
     if found is None:
         if any(isinstance(module, Adapter) for module in model.modules()):
             raise StateError("this module lies within one that has adapters: attach to that one")
-        return
+        return State()
     root, state = found
     if root is not model:
         raise StateError(
@@ -52,13 +59,42 @@ def refuse_unready(model: nn.Module, name: str) -> None:
     refuse_merged(state, "attach")
     if name in state.adapters:
         raise StateError(f"an adapter named {name!r} is attached already; detach it or choose another name")
+    return state
 
 
-def taken_parameters(model: nn.Module) -> dict[int, tuple[str, str]]:
+def select_targets(
+    model: nn.Module, state: State, configs: Sequence[AdapterConfig]
+) -> tuple[list[Target], list[Selection]]:
+    """The targets of all configs, and what each config selects. Raises `TargetError` where they overlap."""
+    if not configs:
+        raise ValueError("attach needs at least one config")
+    for cfg in configs:
+        method_of(cfg)
+    targets: dict[str, Target] = {}
+    taken = taken_parameters(model, state)
+    selections = [selection(model, cfg) for cfg in configs]
+    for index, (cfg, each) in enumerate(zip(configs, selections, strict=True)):
+        for path, layer in each.layers.items():
+            if path in targets:
+                raise TargetError(
+                    f"{path} is selected by configs {targets[path].index} and {index}; make them disjoint"
+                )
+            check_layer(path, layer, taken)
+            targets[path] = Target(path, layer, shape(layer), index, cfg)
+    for path in targets:
+        parts = path.split(".")
+        above = [parent for n in range(1, len(parts)) if (parent := ".".join(parts[:n])) in targets]
+        if above:
+            raise TargetError(
+                f"{path} lies within {above[0]}, so one weight would be adapted twice (is the model wrapped by peft? "
+                "then unload it first); leave one out with exclude_names"
+            )
+    return list(targets.values()), selections
+
+
+def taken_parameters(root: nn.Module, state: State) -> dict[int, tuple[str, str]]:
     """The base parameters that adapters train (`train_also`), by identity: (adapter, parameter name)."""
-    found = find_root(model)
-    names = found[1].adapters if found else ()
-    return {id(p): (name, key) for name in names for key, p in trained_also(model, name).items()}
+    return {id(p): (name, key) for name in state.adapters for key, p in trained_also(root, name).items()}
 
 
 def check_layer(path: str, layer: nn.Module, taken: Mapping[int, tuple[str, str]]) -> None:

@@ -4,7 +4,7 @@ A module's `_parameters` (and `_buffers`) is replaced by a dict that gives the o
 nothing is written, other threads read on what is trained, and parameters are listed, saved and moved as ever.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,10 @@ from torch import nn
 
 from lora_lite.errors import StateError, TargetError
 from lora_lite.layers.linear import is_sharded
+from lora_lite.layers.targets import Target
 from lora_lite.patterns import matches, near_misses
 from lora_lite.runtime.attachment import is_adapters_key
-from lora_lite.runtime.state import State, find_root, trained_also
+from lora_lite.runtime.state import State, trained_also
 
 
 class Substituting(dict[str, Any]):
@@ -72,9 +73,8 @@ def substitute_originals(root: nn.Module, state: State) -> None:
                 "reads its weights as they are; use a model that is not compiled here"
             )
         if also:
-            found = Substituting(module._parameters)
-            found.state, found.also = state, also
-            module._parameters = found
+            module._parameters = parameters = Substituting(module._parameters)
+            parameters.state, parameters.also = state, also
         if moving:
             module._buffers = buffers = SubstitutingBuffers(module._buffers)
             buffers.state, buffers.path = state, path
@@ -90,15 +90,14 @@ def forget_originals(root: nn.Module) -> None:
 
 
 def find_train_also(
-    model: nn.Module, targets: dict[str, tuple[nn.Module, int]], patterns: Sequence[str]
+    model: nn.Module, state: State, targets: Iterable[Target], patterns: Sequence[str]
 ) -> dict[str, nn.Parameter]:
     """The base parameters that `train_also` names, by their (first) name; those of adapted layers are refused."""
     if isinstance(patterns, str):
         raise ValueError(f"train_also = {patterns!r}: must be a sequence of regexes, e.g. ('lm_head',)")
     named = {key: p for key, p in model.named_parameters(remove_duplicate=False) if not is_adapters_key(key, model)}
-    adapted = {id(p) for layer, _ in targets.values() for p in layer.parameters()}
-    found = find_root(model)
-    for attached in found[1].adapters.values() if found else ():
+    adapted = {id(p) for target in targets for p in target.layer.parameters()}
+    for attached in state.adapters.values():
         adapted |= {id(named[key]) for key in attached.originals}
         adapted |= {id(p) for path in attached.targets for p in model.get_submodule(path).parameters()}
     chosen: dict[int, tuple[str, nn.Parameter]] = {}

@@ -49,6 +49,16 @@ class Transaction:
         tensor.copy_(value)
         return original
 
+    def keep(self, tensor: Tensor) -> Tensor:
+        """A copy of a tensor that others may write, to be put back; returns the copy."""
+        original = tensor.detach().clone()
+        self._values.append((tensor, original))
+        return original
+
+    def forget(self, count: int) -> None:
+        """Drop the last copies of `keep`."""
+        del self._values[len(self._values) - count :]
+
     def assign(self, owner: Any, key: str, value: Any) -> None:
         """Set an attribute of an object that is no module."""
         self._assigned.append((owner, key, getattr(owner, key)))

@@ -17,9 +17,9 @@ from lora_lite.batches import eval_mode
 from lora_lite.checking.check import EXPERT
 from lora_lite.lab.provenance import tensor_print
 from lora_lite.layers.linear import is_linear, is_quantized
+from lora_lite.layers.targets import select
 from lora_lite.merging.plain_weights import affine
 from lora_lite.registry import method_of
-from lora_lite.runtime.attach import select_all
 
 Batch = Mapping[str, Tensor]
 Configs = Sequence[ll.AdapterConfig]
@@ -101,7 +101,7 @@ class Probe:
     # ---- checks
 
     def targets(self) -> Found:
-        wanted = set(select_all(self.model, self.configs)[0])
+        wanted = {path for cfg in self.configs for path in select(self.model, cfg)}
         self.att = ll.attach(self.model, self.configs, self.data, train_also=self.also)
         ran: set[str] = set()
         handles = [
