@@ -1,8 +1,9 @@
 """Adapters that peft wrote, attached as ours."""
 
+import difflib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,7 +19,6 @@ from lora_lite.interop.peft_types import PeftType, config_of, refuse_unknown, ty
 from lora_lite.layers.linear import execution_device, is_linear, shape
 from lora_lite.layers.targets import Target
 from lora_lite.numerics import full_precision
-from lora_lite.patterns import near_misses
 from lora_lite.registry import method_of
 from lora_lite.runtime.attach import commit
 from lora_lite.runtime.attachment import Attachment
@@ -95,7 +95,7 @@ def _targets(
     if strange := [path for path in layers if path not in modules]:
         raise CheckpointError(
             f"{len(strange)} of {len(layers)} layers are not in this {type(model).__name__}, such as {strange[0]}; "
-            f"{near_misses(strange[0].rsplit('.', 1)[-1], modules)}{_shifted(strange[0], modules)}"
+            f"{_nearest(strange[0], modules)}{_shifted(strange[0], modules)}"
         )
     targets = []
     for path, tensors in layers.items():
@@ -106,6 +106,11 @@ def _targets(
         adapter = _adapter(path, layer, tensors, given)
         targets.append(Target(path, layer, shape(layer), 0, adapter.cfg, adapter=adapter))
     return targets
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(names), n=3, cutoff=0.0)
+    return f"nearest here: {', '.join(close)}"
 
 
 def _shifted(path: str, modules: Mapping[str, nn.Module]) -> str:
@@ -176,7 +181,7 @@ def _check_values(model: nn.Module, values: Mapping[str, Tensor], targets: Seque
                 "and modules_to_save are understood"
             )
         if key not in parameters:
-            raise CheckpointError(f"holds {key}, which the model has not; {near_misses(key, parameters)}")
+            raise CheckpointError(f"holds {key}, which the model has not; {_nearest(key, parameters)}")
         if parameters[key].shape != value.shape:
             raise CheckpointError(
                 f"holds {key} {tuple(value.shape)}; it is {tuple(parameters[key].shape)} in the model"
