@@ -100,6 +100,7 @@ def without(settings: dict[str, Any], *keys: str) -> dict[str, Any]:
 ARCHITECTURES = {
     # decoders
     "llama": Arch("LlamaForCausalLM", "LlamaConfig", GROUPED, 14),
+    "qwen2": Arch("Qwen2ForCausalLM", "Qwen2Config", without(GROUPED, "head_dim"), 14),
     "qwen3": Arch("Qwen3ForCausalLM", "Qwen3Config", GROUPED, 14),
     "gemma3": Arch("Gemma3ForCausalLM", "Gemma3TextConfig", GROUPED, 14),
     "gpt2": Arch(

@@ -4,6 +4,7 @@ Of each adapted layer it is W z for a random z, of every other parameter some of
 no adapter acts on and no file holds, is then distinguished from another one.
 """
 
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lite.calibration.statistics import generator
-from lora_lite.errors import BaseMismatchError, StateError
+from lora_lite.errors import BaseMismatchError, LoraLiteWarning, StateError
 from lora_lite.layers.linear import dense, shape
 from lora_lite.layers.targets import Target
 from lora_lite.numerics import full_precision
@@ -36,6 +37,17 @@ def base_name(root: nn.Module) -> str:
     if Path(known).is_absolute():  # of this machine, and nobody else's business
         known = Path(known).name
     return (known or type(root).__name__)[:LONGEST]
+
+
+def warn_other_name(root: nn.Module, name: str) -> None:
+    """Warn where a file that holds nothing else of its base names another one than this model."""
+    here, there = base_name(root), Path(name).name
+    if name and here != type(root).__name__ and Path(here).name != there:
+        warnings.warn(
+            f"the adapter was trained on {name!r}, and this model is called {here!r}; nothing else tells them apart",
+            LoraLiteWarning,
+            stacklevel=3,
+        )
 
 
 def sketch(layer: nn.Module, path: str) -> Tensor:

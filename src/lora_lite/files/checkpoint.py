@@ -70,7 +70,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
     header["checksum"] = checksum(header, tensors)
     # One metadata key: safetensors does not keep the order of several, and equal adapters should give equal files.
     data = to_bytes(tensors, {METADATA_KEY: json.dumps(header)})
-    _room(root).check(where, data, header, tensors)
+    room_for(root).check(where, data, header, tensors)
     write_atomically(where, data)
     return where
 
@@ -161,7 +161,7 @@ def load(
     else:
         root, state = model, ready_state(model, name)
     with Transaction(root) as undo:
-        file = read(expanded(path), _room(root))
+        file = read(expanded(path), room_for(root))
         targets = _targets(root, state, file)
         if base == "same":
             refuse_another_base(file.where, root, state, targets, file.also, file.base)
@@ -193,7 +193,8 @@ def _add(
     return commit(root, state, name, file.configs, targets, also)
 
 
-def _room(root: nn.Module) -> Room:
+def room_for(root: nn.Module) -> Room:
+    """How much an adapter's file may hold for this model."""
     layers = [shape(module) for module in root.modules() if is_linear(module)]
     own = [p.numel() for key, p in root.named_parameters() if not is_adapters_key(key, root)]
     return Room(layers, own, len(moving_buffers(root)))

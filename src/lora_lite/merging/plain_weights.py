@@ -47,6 +47,17 @@ def _in_fp64(adapter: Adapter) -> Adapter:
     return nn.Module._apply(twin_adapter, lambda t: t.to("cpu", torch.float64 if t.is_floating_point() else t.dtype))  # type: ignore[return-value]
 
 
+def refuse_not_affine(layer: nn.Module, path: str) -> None:
+    """Refuse a stack of which a method says that it is not affine, or a coefficient that differs between rows."""
+    for adapter in adapters_on(layer):
+        if not adapter.facts.affine:
+            raise NotAffineError(
+                f"{path}: {adapter.facts.name} is not affine, so no plain weight equals it; detach it first"
+            )
+        if adapter.coefficient.value.ndim:
+            raise StateError(f"{path}: the coefficient has one value per row; leave that `scale` first")
+
+
 @torch.no_grad()
 def affine(layer: nn.Module, path: str) -> tuple[Tensor, Tensor]:
     """(W' (o, i), b' (o)) in fp64 of an adapted layer: the plain weights that equal its whole stack.
@@ -55,13 +66,7 @@ def affine(layer: nn.Module, path: str) -> tuple[Tensor, Tensor]:
         NotAffineError: a method of the stack says so, or it is found by measurement.
         StateError: a coefficient in force has one value per row.
     """
-    for adapter in adapters_on(layer):
-        if not adapter.facts.affine:
-            raise NotAffineError(
-                f"{path}: {adapter.facts.name} is not affine, so no plain weight equals it; detach it first"
-            )
-        if adapter.coefficient.value.ndim:
-            raise StateError(f"{path}: the coefficient has one value per row; leave that `scale` before merging")
+    refuse_not_affine(layer, path)
     with torch.device("cpu"):
         return probed(twin(layer), *shape(layer), path)
 

@@ -26,6 +26,8 @@ class DoRAConfig(LoRAConfig):
     """DoRA: a LoRA and the magnitudes of W's rows. Dropout acts on the low-rank path alone, so that W runs only once;
     the authors' code drops the input of the (m/n - 1) term too."""
 
+    unused = ("bias",)
+
 
 @register(
     DoRAConfig,

@@ -1,6 +1,7 @@
 """LoRA. Hu et al. 2021, arXiv:2106.09685, eq. 3; rsLoRA's scaling: Kalajdzievski 2023, arXiv:2312.03732.
 
-y' = y + c s B A x        A (r, i) kaiming, B (o, r) = 0        s = alpha / r, or alpha / sqrt(r) (rslora)
+y' = y + c s (B A x + b)        A (r, i) kaiming, B (o, r) = 0        s = alpha / r, or alpha / sqrt(r) (rslora)
+                                b (o) = 0, with bias=True alone
 """
 
 import math
@@ -24,15 +25,18 @@ class LoRAConfig(AdapterConfig):
     Args:
         rslora: scale by alpha / sqrt(r) instead of alpha / r, which keeps the size of updates independent of r.
         dropout: probability of dropping an entry of x before A, in training. In [0, 1).
+        bias: train b as well, which is no part of the paper (peft's `lora_bias`).
     """
 
     rslora: bool = False
     dropout: float = 0.0
+    bias: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(isinstance(self.rslora, bool), self, "rslora", "True or False")
         require(is_number(self.dropout, 0.0) and self.dropout < 1, self, "dropout", "a number in [0, 1)")
+        require(isinstance(self.bias, bool), self, "bias", "True or False")
 
     @property
     def scaling(self) -> float:
@@ -61,10 +65,15 @@ class LoRA(Adapter):
         super().__init__(cfg)
         self.A = self.parameter(cfg.r, i)
         self.B = self.parameter(o, cfg.r)
+        if cfg.bias:
+            self.b = self.parameter(o)
 
     def init(self, layer: nn.Module, stats: Any, rng: torch.Generator) -> None:
         kaiming_uniform_(self.A, rng)
 
     def change(self, x: Input, y: Output, layer: nn.Module, c: Tensor) -> LowRank:
         h = read(dropout(x, self.cfg.dropout, self.training), self.A)
-        return scaled(h, c * self.cfg.scaling), self.B
+        B = self.B
+        if self.cfg.bias:  # one more direction, which reads a 1
+            h, B = torch.cat([h, h.new_ones(*h.shape[:-1], 1)], dim=-1), torch.cat([B, self.b.unsqueeze(1)], dim=1)
+        return scaled(h, c * self.cfg.scaling), B
