@@ -182,7 +182,7 @@ class Analysis:
 
     def failures(self, arm: Arm, tried: Mapping[float, Record | None]) -> tuple[Failure, ...]:
         """The runs of an arm that failed."""
-        runs = [("rate", lr, record) for lr, record in tried.items()]
+        runs: list[tuple[str, float | None, Record | None]] = [("rate", lr, record) for lr, record in tried.items()]
         runs += [("seed", seed, record) for seed, record in self.seeds[arm.name].items()]
         runs.append(("costs", None, self.of(Job("cost", arm))))
         failures = (failure(record, arm.name, kind, value) for kind, value, record in runs)
