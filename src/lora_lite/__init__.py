@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from lora_lite.facts import Facts
     from lora_lite.files.checkpoint import load, save
     from lora_lite.frozen_basis.basis import Basis, register_basis
+    from lora_lite.interop.export_peft import Exported, export_peft
+    from lora_lite.interop.import_peft import import_peft
+    from lora_lite.merging.low_rank import LowRankChange, low_rank
     from lora_lite.merging.merge import Merged, merge, merged_weights, unmerge
     from lora_lite.methods.antipasto import AntiPaSTOConfig as AntiPaSTOConfig
     from lora_lite.methods.antipasto_ablate import AntiPaSTOAblateConfig as AntiPaSTOAblateConfig
