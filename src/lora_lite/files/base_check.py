@@ -103,7 +103,8 @@ def refuse_another_base(
             has, or has in another shape, are not compared: a backbone may serve under several heads.
     """
     sketches, sampled = known
-    refuse_other_layers(where, {each.path: cosine(each.layer, each.path, sketches[each.path]) for each in targets})
+    cosines = {each.path: cosine(each.layer, each.path, sketches[each.path]) for each in targets}
+    refuse_other_layers(where, cosines, "load(..., base='any') skips this check")
     refuse_other_values(where, samples(root, state, sketches, also), sampled)
 
 
@@ -114,13 +115,16 @@ def cosine(layer: nn.Module, path: str, there: Tensor) -> float:
     return 1.0 if same else float(torch.cosine_similarity(here, there, dim=0).nan_to_num(nan=-1.0))
 
 
-def refuse_other_layers(where: Any, cosines: Mapping[str, float]) -> None:
-    """Raise `BaseMismatchError` if the sketch of a layer points elsewhere than in the file. cosines: by path."""
+def refuse_other_layers(where: Any, cosines: Mapping[str, float], fix: str) -> None:
+    """Raise `BaseMismatchError` if the sketch of a layer points elsewhere than in the file.
+
+    cosines: by path. fix: what to do, for the message.
+    """
     worst = min(cosines, key=lambda path: cosines[path])
     if not cosines[worst] >= SKETCH_COSINE:
         raise BaseMismatchError(
             f"{where}: was trained on another base model; worst layer {worst}, cosine {cosines[worst]:.2f} < "
-            f"{SKETCH_COSINE} (load(..., base='any') skips this check)"
+            f"{SKETCH_COSINE} ({fix})"
         )
 
 

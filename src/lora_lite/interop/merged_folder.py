@@ -139,7 +139,7 @@ class _Merging:
         sketches, sampled = self.file.base
         progress = tqdm(self.file.targets, desc="comparing", unit="layer", leave=False, delay=1)
         cosines = {path: cosine(self._alone(path).get_submodule(path), path, sketches[path]) for path in progress}
-        refuse_other_layers(self.file.where, cosines)
+        refuse_other_layers(self.file.where, cosines, "give the model that it was trained on")
         here = {}
         for key, (_, dims) in sampled.items():
             stored = self.names.find(key)
