@@ -1,4 +1,5 @@
-"""The command line: `lora-lite list | train | generate | chat | bench | study | cost | report | inspect-file`.
+"""The command line: `lora-lite list | train | generate | chat | export | merge | bench | study | cost | report |
+inspect-file`.
 
 Exit codes: 0 done; 1 it failed, and the message says where and how to fix it; 2 the command line was not understood;
 130 interrupted. With --json the last line on standard output is one line of JSON.
@@ -44,6 +45,8 @@ LAB = {
     ),
     "generate": Command("talk", "replies of a trained adapter, at one coefficient or several", "nothing was written"),
     "chat": Command("talk", "talk to a trained adapter", "nothing was written"),
+    "export": Command("ship", "an adapter as a folder that peft, vLLM and others load", "nothing was written"),
+    "merge": Command("ship", "a model with the adapter merged, which transformers loads alone", "nothing was written"),
     "bench": Command(
         "commands",
         "compare methods with equal budgets; may be stopped and resumed at any moment",
@@ -66,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked, arguments = own.parse_known_args(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="lora-lite",
-        description="Small adapters for frozen models: list the methods, train one, talk to it, compare them.",
+        description="Small adapters for frozen models: list the methods, train one, talk to it, ship it, compare them.",
         epilog="Every command takes --json, and --import my_method.py (again for more), which makes your own methods "
         "and bases known. Start with: lora-lite train --preset demo lora. Each command explains itself: lora-lite "
         "train --help",

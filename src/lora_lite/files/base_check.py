@@ -5,7 +5,7 @@ no adapter acts on and no file holds, is then distinguished from another one.
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,21 +103,35 @@ def refuse_another_base(
             has, or has in another shape, are not compared: a backbone may serve under several heads.
     """
     sketches, sampled = known
-    cosines = {}
-    for target in targets:
-        here, there = sketch(target.layer, target.path), sketches[target.path]
-        same = torch.equal(here, there)  # also covers weights that are zero
-        cosine = torch.cosine_similarity(here, there, dim=0).nan_to_num(nan=-1.0)  # NaN is below nothing
-        cosines[target.path] = 1.0 if same else float(cosine)
+    cosines = {each.path: cosine(each.layer, each.path, sketches[each.path]) for each in targets}
+    refuse_other_layers(where, cosines, "load(..., base='any') skips this check")
+    refuse_other_values(where, samples(root, state, sketches, also), sampled)
+
+
+def cosine(layer: nn.Module, path: str, there: Tensor) -> float:
+    """How far a layer's sketch points in the direction of another one, `there`; -1 where that cannot be said."""
+    here = sketch(layer, path)
+    same = torch.equal(here, there)  # also covers weights that are zero
+    return 1.0 if same else float(torch.cosine_similarity(here, there, dim=0).nan_to_num(nan=-1.0))
+
+
+def refuse_other_layers(where: Any, cosines: Mapping[str, float], fix: str) -> None:
+    """Raise `BaseMismatchError` if the sketch of a layer points elsewhere than in the file.
+
+    cosines: by path. fix: what to do, for the message.
+    """
     worst = min(cosines, key=lambda path: cosines[path])
     if not cosines[worst] >= SKETCH_COSINE:
         raise BaseMismatchError(
             f"{where}: was trained on another base model; worst layer {worst}, cosine {cosines[worst]:.2f} < "
-            f"{SKETCH_COSINE} (load(..., base='any') skips this check)"
+            f"{SKETCH_COSINE} ({fix})"
         )
-    here = samples(root, state, cosines, also)
-    for key in [key for key in here if key in sampled]:
-        (mine, shape_here), (theirs, shape_there) = here[key], sampled[key]
+
+
+def refuse_other_values(where: Any, here: Samples, there: Samples) -> None:
+    """Raise `BaseMismatchError` if a parameter that both have in one shape has other values here than in the file."""
+    for key in [key for key in here if key in there]:
+        (mine, shape_here), (theirs, shape_there) = here[key], there[key]
         if shape_here == shape_there and not _distance(mine, theirs) <= SAMPLE_DISTANCE:
             raise BaseMismatchError(
                 f"{where}: {key}, which the file does not hold, has other values here than where it was trained (a "

@@ -4,7 +4,6 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,19 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from lora_lite.adapter import Adapter, derive, full_precision
-from lora_lite.errors import BaseMismatchError, CheckpointError, NotAFileError, StateError, TargetError
+from lora_lite.errors import CheckpointError, NotAFileError, StateError, TargetError
 from lora_lite.files.atomic import expanded, file_status, write_atomically
 from lora_lite.files.base_check import base_name, refuse_another_base, refuse_lost, samples, sketch
-from lora_lite.files.format import FORMAT, METADATA_KEY, File, Room, checksum, empty_adapter, read
+from lora_lite.files.file_targets import targets_of
+from lora_lite.files.format import FORMAT, METADATA_KEY, File, Room, checksum, read
 from lora_lite.frozen_basis import rebuild
-from lora_lite.layers.linear import dense, execution_device, is_linear, shape
+from lora_lite.layers.linear import dense, is_linear, shape
 from lora_lite.layers.targets import Target
 from lora_lite.registry import method_of
 from lora_lite.runtime.attach import commit
 from lora_lite.runtime.attachment import Attachment, described, is_adapters_key
 from lora_lite.runtime.base_values import moved_buffers, moving_buffers, same_bits
-from lora_lite.runtime.readiness import check_layer, ready_state, taken_parameters
+from lora_lite.runtime.readiness import ready_state
 from lora_lite.runtime.state import State, adapters_of, find_root, refuse_merged, root_of, trained_also
 from lora_lite.runtime.train_also import find_train_also
 from lora_lite.runtime.transaction import Transaction
@@ -162,25 +162,13 @@ def load(
         root, state = model, ready_state(model, name)
     with Transaction(root) as undo:
         file = read(expanded(path), room_for(root))
-        targets = _targets(root, state, file)
+        targets = targets_of(root, state, file)
         if base == "same":
             refuse_another_base(file.where, root, state, targets, file.also, file.base)
         _check_buffers(root, state, file)
         att = (_overwrite if taken else _add)(root, state, file, name, targets, undo)
         _write_values(file, root, undo)
         return att
-
-
-def _targets(root: nn.Module, state: State, file: File) -> list[Target]:
-    """The layers that the file has adapters for, with these adapters; nothing is derived yet."""
-    if not file.targets:
-        raise file.error("has no targets")
-    modules, taken = dict(root.named_modules()), taken_parameters(root, state)
-    targets = [
-        Target(path, _layer(modules.get(path), file, path, taken), dims, index, cfg)
-        for path, (index, cfg, dims) in file.targets.items()
-    ]
-    return [replace(target, adapter=_build(file, target)) for target in targets]
 
 
 def _add(
@@ -269,29 +257,3 @@ def _overwrite(
             undo.write(adapter.state_dict()[key], value)
         derive(adapter, target.layer)
     return described(root, state, name)
-
-
-def _layer(layer: nn.Module | None, file: File, path: str, taken: Mapping[int, tuple[str, str]]) -> nn.Module:
-    if layer is None or not is_linear(layer):
-        raise file.error(f"the model has no linear layer {path}; the file fits another architecture")
-    if shape(layer) != file.targets[path][2]:
-        raise file.error(
-            f"{path} maps {shape(layer)} here, but {file.targets[path][2]} in the file: another architecture"
-        )
-    check_layer(path, layer, taken)
-    return layer
-
-
-def _build(file: File, target: Target) -> Adapter:
-    path, layer = target.path, target.layer
-    adapter = empty_adapter(file, path, target.cfg, *target.shape)
-    own = {key: file.tensors.get(f"{path}.lora.{key}") for key in adapter.state_dict()}
-    for key in () if file.basis else adapter.rebuildable:
-        index, expected = (file.tensors[f"{path}.lora.{key}.{part}"] for part in ("index", "sketch"))
-        try:
-            with full_precision(layer.weight.device):  # type: ignore[union-attr, arg-type]
-                own[key] = rebuild.rebuilt(dense(layer), index, expected).to(adapter.get_buffer(key).dtype)
-        except ValueError as error:
-            raise BaseMismatchError(f"{file.where}: {path}: {error}") from error
-    adapter.load_state_dict(own, assign=True)
-    return adapter.to(execution_device(layer))

@@ -81,11 +81,14 @@ def sampled(root: nn.Module) -> Samples:
     values: Samples = {}
     for key, parameter in root.named_parameters():
         if is_plain(parameter) and parameter.numel() and not is_adapters_key(key, root):
-            n = parameter.numel()
-            at = torch.linspace(0, n - 1, min(n, SAMPLES), dtype=torch.float64).round().long()
-            flat = parameter.detach().reshape(-1)
+            at, flat = sampled_places(parameter.numel()), parameter.detach().reshape(-1)
             values[key] = flat[at.to(flat.device)].to("cpu", torch.float32), tuple(parameter.shape)
     return values
+
+
+def sampled_places(n: int) -> Tensor:
+    """Which of a parameter's n values are sampled."""
+    return torch.linspace(0, n - 1, min(n, SAMPLES), dtype=torch.float64, device="cpu").round().long()
 
 
 def moved_parameters(root: nn.Module, state: State) -> list[str]:

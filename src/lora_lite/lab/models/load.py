@@ -54,7 +54,7 @@ def load_model(
     quantization, and where bitsandbytes is missing.
     """
     options = _quantized(quantization, dtype, device)
-    model, tokenizer = _read_pretrained(_folder(name), name, dtype, options, trust_remote_code)
+    model, tokenizer = _read_pretrained(model_folder(name), name, dtype, options, trust_remote_code)
     _set_special_tokens(model, tokenizer, name)
     forbid_packing(model)  # so that the base is measured in the arithmetic that its adapters are trained in
     if device is not None and not options:
@@ -67,14 +67,14 @@ def model_config(name: str = EMBEDDED, trust_remote_code: bool = False) -> PreTr
 
     name, trust_remote_code: as for `load_model`. Raises ModelError if it cannot be read.
     """
-    folder = _folder(name)
+    folder = model_folder(name)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except UNREADABLE as error:
-        raise _unreadable(folder, name, error) from error
+        raise unreadable(folder, name, error) from error
 
 
-def _folder(name: str) -> str:
+def model_folder(name: str) -> str:
     """The folder or hub id to read. Raises ModelError for a path that leads to no folder, and has the hub asked whether
     it answers."""
     if name == EMBEDDED:
@@ -124,13 +124,14 @@ def _read_pretrained(
         )
         model, loading = read
     except UNREADABLE as error:
-        raise _unreadable(folder, name, error) from error
+        raise unreadable(folder, name, error) from error
     if missing := sorted(loading["missing_keys"]):
-        raise _unreadable(folder, name, ValueError(f"its weights lack {len(missing)} tensors, such as {missing[0]}"))
+        raise unreadable(folder, name, ValueError(f"its weights lack {len(missing)} tensors, such as {missing[0]}"))
     return model, tokenizer
 
 
-def _unreadable(folder: str, name: str, error: Exception) -> ModelError:
+def unreadable(folder: str, name: str, error: Exception) -> ModelError:
+    """Why a model cannot be had from a folder or hub id, in words. error: what a library raised."""
     reason = str(error).strip() or "the file is empty or cut off"
     if not isinstance(error, (OSError, ValueError, ImportError)):  # whose message alone says little
         reason = f"{type(error).__name__}: {reason}; a file of it is damaged, or does not belong to the others"
