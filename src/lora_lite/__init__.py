@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from lora_lite.facts import Facts
     from lora_lite.files.checkpoint import load, save
     from lora_lite.frozen_basis.basis import Basis, register_basis
+    from lora_lite.interop.export_peft import Exported, export_peft
+    from lora_lite.interop.import_peft import import_peft
+    from lora_lite.merging.combine import Combined, combine
+    from lora_lite.merging.low_rank import LowRankChange, low_rank
     from lora_lite.merging.merge import Merged, merge, merged_weights, unmerge
     from lora_lite.methods.antipasto import AntiPaSTOConfig as AntiPaSTOConfig
     from lora_lite.methods.antipasto_ablate import AntiPaSTOAblateConfig as AntiPaSTOAblateConfig
@@ -71,6 +75,7 @@ __all__ = [
     "CheckReport",
     "CheckpointError",
     "CoefficientError",
+    "Combined",
     "Contrast",
     "Exported",
     "Facts",
@@ -86,6 +91,7 @@ __all__ = [
     "attachment",
     "base_state_dict",
     "check",
+    "combine",
     "detach",
     "disabled",
     "export_peft",
@@ -118,6 +124,7 @@ _WHERE = {
     "lora_lite.frozen_basis.basis": "Basis register_basis",
     "lora_lite.interop.export_peft": "Exported export_peft",
     "lora_lite.interop.import_peft": "import_peft",
+    "lora_lite.merging.combine": "Combined combine",
     "lora_lite.merging.low_rank": "LowRankChange low_rank",
     "lora_lite.merging.merge": "Merged merge merged_weights unmerge",
     "lora_lite.optim": "param_groups",
