@@ -1,4 +1,4 @@
-"""The command line: `lora-lite list | train | generate | chat | bench | study | cost | report | inspect-file`.
+"""The command line: `lora-lite list`, `lora-lite inspect-file`, and the commands of the lab.
 
 Exit codes: 0 done; 1 it failed, and the message says where and how to fix it; 2 the command line was not understood;
 130 interrupted. With --json the last line on standard output is one line of JSON.
@@ -44,6 +44,7 @@ LAB = {
     ),
     "generate": Command("talk", "replies of a trained adapter, at one coefficient or several", "nothing was written"),
     "chat": Command("talk", "talk to a trained adapter", "nothing was written"),
+    "combine": Command("combine", "one adapter's file made of several", "nothing was written"),
     "bench": Command(
         "commands",
         "compare methods with equal budgets; may be stopped and resumed at any moment",
