@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from lora_lite.frozen_basis.basis import Basis, register_basis
     from lora_lite.interop.export_peft import Exported, export_peft
     from lora_lite.interop.import_peft import import_peft
+    from lora_lite.merging.combine import Combined, combine
     from lora_lite.merging.low_rank import LowRankChange, low_rank
     from lora_lite.merging.merge import Merged, merge, merged_weights, unmerge
     from lora_lite.methods import methods
@@ -75,6 +76,7 @@ __all__ = [
     "CheckReport",
     "CheckpointError",
     "CoefficientError",
+    "Combined",
     "Contrast",
     "Exported",
     "Facts",
@@ -90,6 +92,7 @@ __all__ = [
     "attachment",
     "base_state_dict",
     "check",
+    "combine",
     "detach",
     "disabled",
     "export_peft",
@@ -122,6 +125,7 @@ _WHERE = {
     "lora_lite.frozen_basis.basis": "Basis register_basis",
     "lora_lite.interop.export_peft": "Exported export_peft",
     "lora_lite.interop.import_peft": "import_peft",
+    "lora_lite.merging.combine": "Combined combine",
     "lora_lite.merging.low_rank": "LowRankChange low_rank",
     "lora_lite.merging.merge": "Merged merge merged_weights unmerge",
     "lora_lite.methods": "methods",

@@ -1,5 +1,4 @@
-"""The command line: `lora-lite list | train | generate | chat | export | merge | bench | study | cost | report |
-inspect-file`.
+"""The command line: `lora-lite list`, `lora-lite inspect-file`, and the commands of the lab.
 
 Exit codes: 0 done; 1 it failed, and the message says where and how to fix it; 2 the command line was not understood;
 130 interrupted. With --json the last line on standard output is one line of JSON.
@@ -47,6 +46,7 @@ LAB = {
     "chat": Command("talk", "talk to a trained adapter", "nothing was written"),
     "export": Command("ship", "an adapter as a folder that peft, vLLM and others load", "nothing was written"),
     "merge": Command("ship", "a model with the adapter merged, which transformers loads alone", "nothing was written"),
+    "combine": Command("combine", "one adapter's file made of several", "nothing was written"),
     "bench": Command(
         "commands",
         "compare methods with equal budgets; may be stopped and resumed at any moment",

@@ -17,6 +17,7 @@ from lora_lite.files.atomic import expanded, file_status, write_atomically
 from lora_lite.files.base_check import base_name, refuse_another_base, refuse_lost, samples, sketch
 from lora_lite.files.file_targets import targets_of
 from lora_lite.files.format import FORMAT, METADATA_KEY, File, Room, checksum, read
+from lora_lite.files.hub import is_hub, local, publish
 from lora_lite.frozen_basis import rebuild
 from lora_lite.layers.linear import dense, is_linear, shape
 from lora_lite.layers.targets import Target
@@ -40,23 +41,25 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
     Args:
         model: the model.
         path: the file, by custom `....safetensors`; "~" is the home folder, and a link's target is what is replaced.
+            "hf://user/name": a repository on the hub, with a card; a new one is private.
         name: the adapter.
         basis: False leaves out frozen bases that are singular directions of the base's weights (svd, wanda; most of
             the file). `load` then rebuilds and verifies them, and refuses where it finds others: in another base,
             another dtype or quantisation, or where singular values are too close to tell their directions apart.
 
     Returns:
-        The path.
+        The path, which `load` takes.
 
     Raises:
         StateError: no such adapter, a target that was replaced since attach, or merged; or a parameter that requires a
             gradient and belongs to no adapter, so that what it learns would be lost.
         CheckpointError: a tensor that is not finite, more than `load` would read, a path that is a folder, a device or
-            a pipe, or `basis=False` for a basis that the weights do not determine.
+            a pipe, `basis=False` for a basis that the weights do not determine; or what stands in the hub's way.
     """
-    root, state = root_of(model, name)
+    if is_hub(path):
+        return publish(path, lambda file: save(model, file, name, basis))
+    (root, state), where = root_of(model, name), expanded(path)
     refuse_merged(state, "save")
-    where = expanded(path)
     if where.is_dir():
         raise CheckpointError(f"{where} is a folder; give a file, e.g. {where / 'adapter.safetensors'}")
     try:
@@ -65,7 +68,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
         raise CheckpointError(f"save: {error}") from error
     refuse_lost(root, state)
     header, tensors = _contents(root, state, name, basis)
-    if bad := [key for key, value in tensors.items() if not torch.isfinite(value).all()]:
+    if bad := [key for key in tensors if not torch.isfinite(tensors[key]).all()]:
         raise CheckpointError(f"save: {bad[0]} is not finite (of {len(bad)} such tensors); nothing was written")
     header["checksum"] = checksum(header, tensors)
     # One metadata key: safetensors does not keep the order of several, and equal adapters should give equal files.
@@ -139,15 +142,15 @@ def load(
 
     Args:
         model: the base model it was trained on, in any dtype or quantisation.
-        path: the file.
+        path: the file, or "hf://user/name" or "hf://user/name@revision" on the hub.
         name: the name to attach it under.
         overwrite: if an adapter of that name with the same configs and targets is attached, set its tensors in place,
             so that optimisers and compiled code stay valid.
         base: "same" refuses a model whose weights differ from those it was trained on; "any" skips that check.
 
     Raises:
-        FileNotFoundError: no such file.
-        CheckpointError: a file that is damaged, or does not fit the model. BaseMismatchError: another base model.
+        FileNotFoundError: no such file. BaseMismatchError: another base model.
+        CheckpointError: a file that is damaged, or does not fit the model; or what stands in the hub's way.
         StateError: the name is taken (and not `overwrite`), or the model is not ready for `attach` either.
             After any error the model is as it was.
     """
@@ -161,7 +164,7 @@ def load(
     else:
         root, state = model, ready_state(model, name)
     with Transaction(root) as undo:
-        file = read(expanded(path), room_for(root))
+        file = read(local(path), room_for(root))
         targets = targets_of(root, state, file)
         if base == "same":
             refuse_another_base(file.where, root, state, targets, file.also, file.base)

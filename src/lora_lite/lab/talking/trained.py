@@ -73,9 +73,14 @@ def look(path: Path, model: str | None, trust_remote_code: bool) -> Trained:
 
 
 def open_model(
-    trained: Trained, dtype: torch.dtype, device: torch.device, quantization: str, trust_remote_code: bool
+    trained: Trained,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: str,
+    trust_remote_code: bool,
+    name: str = "default",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base with the adapter on it, and its tokenizer. Options: as for `load_model`.
+    """The base with the adapter on it, under that name, and its tokenizer. Options: as for `load_model`.
 
     Raises:
         ModelError: no such model. CheckpointError, BaseMismatchError: it is not the adapter's base.
@@ -85,14 +90,19 @@ def open_model(
     except ModelError as error:
         hint = f"\nThat is its name in {trained.named_by}; if it has another one here, give that with --model"
         raise ModelError(f"{error}{'' if trained.named_by == '--model' else hint}") from error
+    put_on(model, trained, name)
+    return model, tokenizer
+
+
+def put_on(model: torch.nn.Module, trained: Trained, name: str) -> None:
+    """Load the adapter onto its base. Raises CheckpointError, BaseMismatchError: it is not the adapter's base."""
     try:
-        ll.load(model, trained.where)
+        ll.load(model, trained.where, name)
     except CheckpointError as error:
         raise type(error)(
             f"{error}. The model here is {trained.base!r}, named by {trained.named_by}; the file calls its base "
             f"{_base(trained.found)!r}: give the right one with --model"
         ) from error
-    return model, tokenizer
 
 
 def _base(found: Mapping[str, Any]) -> str:
