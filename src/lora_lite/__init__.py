@@ -33,7 +33,11 @@ if TYPE_CHECKING:
     from lora_lite.facts import Facts
     from lora_lite.files.checkpoint import load, save
     from lora_lite.frozen_basis.basis import Basis, register_basis
+    from lora_lite.interop.export_peft import Exported, export_peft
+    from lora_lite.interop.import_peft import import_peft
+    from lora_lite.merging.low_rank import LowRankChange, low_rank
     from lora_lite.merging.merge import Merged, merge, merged_weights, unmerge
+    from lora_lite.methods import methods
     from lora_lite.methods.antipasto import AntiPaSTOConfig as AntiPaSTOConfig
     from lora_lite.methods.antipasto_ablate import AntiPaSTOAblateConfig as AntiPaSTOAblateConfig
     from lora_lite.methods.antipasto_arrow import AntiPaSTOArrowConfig as AntiPaSTOArrowConfig
@@ -53,7 +57,7 @@ if TYPE_CHECKING:
     from lora_lite.methods.road import RoadConfig as RoadConfig
     from lora_lite.methods.sspace import SSpaceConfig as SSpaceConfig
     from lora_lite.optim import param_groups
-    from lora_lite.registry import methods, register
+    from lora_lite.registry import register
     from lora_lite.runtime.attach import attach, detach
     from lora_lite.runtime.attach_cost import AttachCost
     from lora_lite.runtime.attachment import Attachment, attachment, base_state_dict
@@ -120,8 +124,9 @@ _WHERE = {
     "lora_lite.interop.import_peft": "import_peft",
     "lora_lite.merging.low_rank": "LowRankChange low_rank",
     "lora_lite.merging.merge": "Merged merge merged_weights unmerge",
+    "lora_lite.methods": "methods",
     "lora_lite.optim": "param_groups",
-    "lora_lite.registry": "methods register",
+    "lora_lite.registry": "register",
     "lora_lite.runtime.attach": "attach detach",
     "lora_lite.runtime.attach_cost": "AttachCost",
     "lora_lite.runtime.attachment": "Attachment attachment base_state_dict",

@@ -1,6 +1,5 @@
 """The registry of methods: by name, and by the type of their config."""
 
-import importlib
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -38,9 +37,8 @@ def register(Config: type[AdapterConfig], facts: Facts) -> Callable[[AdapterClas
     return decorate
 
 
-def methods() -> dict[str, type[Adapter]]:
-    """The registered methods, by name."""
-    importlib.import_module("lora_lite.methods")  # which registers the library's own
+def registered() -> dict[str, type[Adapter]]:
+    """The methods that were registered so far, by name."""
     return {cls.facts.name: cls for cls in sorted(_BY_CONFIG.values(), key=lambda cls: cls.facts.name)}
 
 
@@ -48,5 +46,5 @@ def method_of(cfg: AdapterConfig) -> type[Adapter]:
     """The method whose config `cfg` is. Raises `ValueError` for a config that no method registered."""
     if type(cfg) in _BY_CONFIG:
         return _BY_CONFIG[type(cfg)]
-    names = ", ".join(cls.Config.__name__ for cls in methods().values())
+    names = ", ".join(cls.Config.__name__ for cls in registered().values())
     raise ValueError(f"{type(cfg).__name__} is no registered config; the registered ones are {names}")

@@ -104,6 +104,7 @@ not_unit = st.floats(min_value=1.0) | st.floats(max_value=-1e-300) | not_finite 
 not_sizes = st.floats() | not_numbers
 OWN: dict[str, tuple[st.SearchStrategy[Any], str]] = {
     "rslora": (st.integers() | st.none() | st.text(), "True or False"),
+    "bias": (st.integers() | st.none() | st.text(), "True or False"),
     "centered": (st.integers() | st.none() | st.text(), "True or False"),
     "dropout": (not_unit, r"a number in \[0, 1\)"),
     "rho": (st.floats(max_value=1, exclude_max=True) | not_finite | not_numbers, "a number >= 1"),
@@ -135,9 +136,8 @@ COMMON = {field.name for field in dataclasses.fields(ll.AdapterConfig)}
 
 def own_fields() -> list[tuple[Any, str]]:
     skipped = COMMON | ELSEWHERE
-    return [
-        (Config, field.name) for Config in CONFIGS for field in dataclasses.fields(Config) if field.name not in skipped
-    ]
+    fields = ((Config, field.name) for Config in CONFIGS for field in dataclasses.fields(Config))
+    return [(Config, name) for Config, name in fields if name not in skipped and name not in Config.unused]
 
 
 def test_every_own_field_has_its_bad_values_here() -> None:
@@ -218,6 +218,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "d_model": st.none() | st.integers(1, 10**6),
     "seed": st.integers(0, 2**70),
     "rslora": st.booleans(),
+    "bias": st.booleans(),
     "centered": st.booleans(),
     "dropout": st.floats(0, 1, exclude_max=True),
     "rho": st.floats(1, 1e6),

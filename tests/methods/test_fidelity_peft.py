@@ -73,6 +73,11 @@ def road(variant: str, group_size: int) -> Pair:
 PAIRS = {
     "lora": Pair(ll.LoRAConfig(r=4, alpha=6.0, **COMMON), LORA, AB),
     "rslora": Pair(ll.LoRAConfig(r=4, alpha=6.0, rslora=True, **COMMON), partial(LORA, use_rslora=True), AB),
+    "lora_bias": Pair(
+        ll.LoRAConfig(r=4, alpha=6.0, bias=True, **COMMON),
+        partial(LORA, lora_bias=True),
+        {**AB, "b": ("lora_B.default.bias", same)},
+    ),
     # peft's own initialisation raises in fp64; it is compared in fp32 below.
     "pissa": Pair(ll.PiSSAConfig(r=4, alpha=6.0, **COMMON), LORA, AB, start_of_pissa),
     "dora": Pair(

@@ -164,8 +164,9 @@ def test_torch_comes_with_the_first_name() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_methods_are_there_whichever_module_comes_first(tmp_path: Path) -> None:
-    program = "from lora_lite.registry import methods; assert 'lora' in methods()"
+@pytest.mark.parametrize("first", ["methods", "files.checkpoint", "runtime.attach", "interop.import_peft"])
+def test_the_methods_are_there_whichever_module_comes_first(first: str) -> None:
+    program = f"import lora_lite.{first}; from lora_lite.registry import registered; assert 'lora' in registered()"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
 

@@ -18,8 +18,9 @@ from lora_lite.config import AdapterConfig, is_int
 from lora_lite.errors import CheckpointError
 from lora_lite.files.base_check import SKETCH_ROWS
 from lora_lite.frozen_basis.rebuild import PROBES
+from lora_lite.methods import methods
 from lora_lite.patterns import LONGEST, is_plain
-from lora_lite.registry import method_of, methods
+from lora_lite.registry import method_of
 from lora_lite.runtime.base_values import SAMPLES, Samples
 
 FORMAT = 2

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lora_lite.adapter import Adapter
 from lora_lite.errors import CheckpointError
+from lora_lite.methods import methods
 from lora_lite.patterns import is_plain
-from lora_lite.registry import methods
 
 Settings = Mapping[str, Any]
 

@@ -5,15 +5,21 @@ import pkgutil
 import sys
 from types import ModuleType
 
-from lora_lite import registry
+from lora_lite.adapter import Adapter
+from lora_lite.registry import registered
+
+
+def methods() -> dict[str, type[Adapter]]:
+    """The registered methods, by name: the library's own, and those of others."""
+    return registered()
 
 
 class _Methods(ModuleType):
     """The folder and the function `lora_lite.methods` are one name, so they are one object."""
 
-    def __call__(self) -> dict[str, type[registry.Adapter]]:
+    def __call__(self) -> dict[str, type[Adapter]]:
         """The registered methods, by name."""
-        return registry.methods()
+        return methods()
 
 
 for _module in pkgutil.iter_modules(__path__):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_lite.adapter import Adapter, Input, LowRank, Output, dropout, kaiming_uniform_
@@ -72,8 +73,7 @@ class LoRA(Adapter):
         kaiming_uniform_(self.A, rng)
 
     def change(self, x: Input, y: Output, layer: nn.Module, c: Tensor) -> LowRank:
-        h = read(dropout(x, self.cfg.dropout, self.training), self.A)
-        B = self.B
+        h, B = read(dropout(x, self.cfg.dropout, self.training), self.A), self.B
         if self.cfg.bias:  # one more direction, which reads a 1
-            h, B = torch.cat([h, h.new_ones(*h.shape[:-1], 1)], dim=-1), torch.cat([B, self.b.unsqueeze(1)], dim=1)
+            h, B = F.pad(h, (0, 1), value=1.0), torch.column_stack([B, self.b])
         return scaled(h, c * self.cfg.scaling), B

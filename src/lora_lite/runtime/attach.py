@@ -21,7 +21,8 @@ from lora_lite.layers.linear import execution_device
 from lora_lite.layers.packing import allow_packing, forbid_packing, packing_forbidden
 from lora_lite.layers.targets import Selection, Target, left_out, left_out_words, uncovered
 from lora_lite.linalg import factorising
-from lora_lite.registry import method_of, methods
+from lora_lite.methods import methods
+from lora_lite.registry import method_of
 from lora_lite.runtime.attach_cost import AttachCost, peak_memory_mb
 from lora_lite.runtime.attachment import Attachment, described, is_adapters_key
 from lora_lite.runtime.base_values import moved_buffers, moving_buffers, sampled, unwritten

@@ -84,7 +84,8 @@ def test_a_partial_study_is_an_honest_table(model: str, tmp_path: Path, monkeypa
     assert found.missing == (Missing("lora", seeds=(2,)), Missing("ia3", seeds=(1, 2)))
     lora, ia3 = found.arms
     assert lora.accuracy is not None and lora.places == (1, 2) and ia3.accuracy is None and ia3.verdict == ""
-    assert "| ia3 | — | — | — | — | — | — | 0/2 |" in tables.markdown(found)
+    row = next(line for line in tables.markdown(found).splitlines() if line.startswith("| ia3 |"))
+    assert row.startswith("| ia3 | — | — | — |") and "| 0/2 |" in row
 
 
 def test_before_is_measured_without_any_adapter(model: str, tmp_path: Path) -> None:

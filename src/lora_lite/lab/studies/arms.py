@@ -46,11 +46,6 @@ class Arm:
         """The registered default learning rate of its (first) method."""
         return method_of(self.configs[0]).facts.lr
 
-    @property
-    def needs_data(self) -> bool:
-        """Whether one of its methods is calibrated on data."""
-        return any(method_of(cfg).needs(cfg) for cfg in self.configs)
-
     def with_seed(self, seed: int) -> list[AdapterConfig]:
         """Its configs, with the seed of the initial values."""
         return [cfg.replace(seed=seed) for cfg in self.configs]
