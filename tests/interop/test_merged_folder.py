@@ -31,6 +31,7 @@ from model_folders import HEAD, LORA, SHARD, adapter_of, files, in_memory, make,
         ("gpt2", {}, [ll.PiSSAConfig(r=2)], False),
         ("gpt2", {}, [ll.LoRAConfig(r=2, target_names=("lm_head", "c_attn"), target_roles=())], True),
         ("gpt_neox", {}, [ll.HRAConfig(r=2)], False),
+        ("t5", {}, [ll.LoRAConfig(r=2, target_names=("lm_head", "k"), target_roles=())], True),
     ],
 )
 def test_the_folder_has_the_bits_of_merging_in_memory(

@@ -99,6 +99,14 @@ def test_what_cannot_be_merged_is_a_sentence_and_leaves_nothing(
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter.safetensors"}
 
 
+def test_a_weight_that_transformers_converts_as_it_reads_is_refused(tmp_path: Path) -> None:
+    base = saved(make("vit"), tmp_path / "base")
+    adapter = adapter_of(base, LORA)
+    with pytest.raises(ll.CheckpointError, match=r"hold no vit\.layers\.0.*; merge it in memory instead: ll.load"):
+        merge_folder(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_bias_that_the_architecture_has_no_place_for_is_refused(tmp_path: Path) -> None:
     base = saved(tiny_llama(), tmp_path / "base")
     adapter = adapter_of(base, ll.LoRAConfig(r=2, bias=True))

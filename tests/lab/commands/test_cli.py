@@ -141,7 +141,7 @@ def test_errors_say_what_is_wrong(
         (["train", "--steps", "0", "lora"], "TrainConfig.steps = 0"),
         (["train", "--dtype", "float8", "lora"], "must be one of auto"),
         (["what"], "what"),
-        ([], "{list,train,generate,chat,combine,bench,study,cost,report,inspect-file}"),
+        ([], "{list,train,generate,chat,export,merge,combine,bench,study,cost,report,inspect-file}"),
     ],
 )
 def test_flags_that_are_not_understood_exit_with_2(
