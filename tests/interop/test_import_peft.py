@@ -26,6 +26,9 @@ MADE: dict[str, Callable[[], Any]] = {
         r=4, lora_alpha=6, rank_pattern={"q_proj": 2, "model.layers.1.mlp.down_proj": 8},
         alpha_pattern={"q_proj": 3, r"^model\.layers\.0\.mlp\.down_proj": 12}, **TARGETS,
     ),
+    "anchored": lambda: peft.LoraConfig(
+        r=4, lora_alpha=6, alpha_pattern={"^q_proj": 60, "self.attn.v_proj": 60}, **TARGETS
+    ),
     "lora_bias": lambda: peft.LoraConfig(r=4, lora_alpha=6, lora_bias=True, **TARGETS),
     "modules_to_save": lambda: peft.LoraConfig(r=4, lora_alpha=6, modules_to_save=["lm_head"], **TARGETS),
     "dora": lambda: peft.LoraConfig(r=4, lora_alpha=6, use_dora=True, **TARGETS),
@@ -165,6 +168,13 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "rank text": (lambda f: edit(f, r="x"), r"down_proj: (LoRAConfig\.r = 'x'|Type-check)"),
     "alpha": (lambda f: edit(f, lora_alpha=float("inf")), "down_proj: LoRAConfig.alpha = inf"),
     "pattern": (lambda f: edit(f, rank_pattern={"(a+)+$": 4}), "rank_pattern names layers by the regex"),
+    "type list": (lambda f: edit(f, peft_type=["LORA"]), "has no method here"),
+    "pattern list": (lambda f: edit(f, rank_pattern=["q_proj"]), "rank_pattern must map names of layers to numbers"),
+    "dora set": (lambda f: edit(f, use_dora=True), "has the tensors"),
+    "twice": (
+        lambda f: retensor(f, lambda t: t | {k.removeprefix("base_model.model."): 3 * v for k, v in t.items()}),
+        "with and without 'base_model.model.'",
+    ),
     "bias": (
         lambda f: retensor(f, lambda t: {**t, FIRST.replace("lora_A.weight", "bias"): torch.zeros(32)}),
         "which is of an adapted layer",

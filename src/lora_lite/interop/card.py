@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from lora_lite.interop.peft_folder import MARK
+
 
 def card(done: Any, base: str, settings: Mapping[str, Any]) -> str:
     """Markdown with the metadata that hubs read; `done` is an `Exported`."""
@@ -19,7 +21,7 @@ def card(done: Any, base: str, settings: Mapping[str, Any]) -> str:
             "---",
             "library_name: peft",
             f"base_model: {base}",
-            "tags: [lora-lite]",
+            MARK,
             "---",
             "",
             f"# An adapter of {base}",

@@ -1,6 +1,7 @@
 """Adapters as a folder that peft, transformers, vLLM and SGLang load: plain LoRA wherever the change has low rank."""
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,20 +11,24 @@ from torch import Tensor, nn
 
 from lora_lite.adapter import Adapter
 from lora_lite.errors import CheckpointError, StateError
-from lora_lite.files.base_check import base_name, refuse_lost
+from lora_lite.files.base_check import base_name
 from lora_lite.interop.card import card
 from lora_lite.interop.peft_folder import new_folder, write_folder
 from lora_lite.interop.peft_types import PeftType, type_of_method
-from lora_lite.interop.verify import Agreement, verify
-from lora_lite.layers.linear import is_conv1d, is_linear
+from lora_lite.interop.sayable import refuse_unsayable, whole_modules
+from lora_lite.interop.verify import Agreement, peft_installed, verify
+from lora_lite.layers.linear import is_conv1d
 from lora_lite.merging.fold import adapted_layers
-from lora_lite.merging.low_rank import LowRankChange, low_rank
-from lora_lite.runtime.state import State, refuse_merged, root_of, trained_also
+from lora_lite.merging.low_rank import LowRankChange, change_of, low_rank
+from lora_lite.runtime.coefficient import scale
+from lora_lite.runtime.state import State, refuse_merged, root_of
+from lora_lite.runtime.transaction import Transaction
 
 # What vLLM allocates room for, up to where an adapter is no longer small; it refuses other ranks than these.
 RANKS = (8, 16, 32, 64, 128, 256)
 # By the end of the model's class. SEQ_2_SEQ_LM is left out: peft 0.21's wrapper of it needs a method that transformers
 # 5 has no more, and without a task peft wraps such a model as it is.
+HEADS = ("classifier", "score", "qa_outputs")
 TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
@@ -95,20 +100,21 @@ def export_peft(
     """
     root, state = root_of(model, name)
     refuse_merged(state, "export_peft")
-    refuse_lost(root, state)
     names = list(state.adapters) if name is None else [name]
-    own = _own_type(root, state, names) if rank is None else None
-    changes = low_rank(root, name, rank) if own is None else {}
-    settings, tensors = _as_lora(changes) if own is None else _in_own_type(root, names, own)
-    form = settings["peft_type"] if own else "lora" if rank is None else f"rank {rank}"
-    also = _whole_modules(root, names)
+    refuse_unsayable(model, root, state, names)
     paths = list(adapted_layers(root, state, names))
-    settings |= _where(root, paths, list(also))
-    if settings["peft_type"] == "IA3":
-        inputs_of = [path for path, kind in (own or {}).items() if kind.method == "ia3_ff"]
-        settings["feedforward_modules"] = [name for name in settings["target_modules"] if _names(name, inputs_of)]
-    tensors |= {f"{path}.{key}": value for path, module in also.items() for key, value in module.state_dict().items()}
-    with new_folder(folder) as scratch:
+    with new_folder(folder) as scratch, peft_installed():
+        own = _own_type(root, state, names) if rank is None else None
+        changes = _changes(root, state, names, rank) if own is None else {}
+        settings, tensors = _as_lora(changes) if own is None else _in_own_type(root, names, own)
+        form = settings["peft_type"] if own else "lora" if rank is None else f"rank {rank}"
+        also, tied = whole_modules(root, names)
+        settings |= _where(root, paths, also) | ({"ensure_weight_tying": True} if tied else {})
+        if settings["peft_type"] == "IA3":
+            inputs_of = [path for path, kind in (own or {}).items() if kind.method == "ia3_ff"]
+            settings["feedforward_modules"] = [name for name in settings["target_modules"] if _names(name, inputs_of)]
+        for path in [*also, *tied]:
+            tensors |= {f"{path}.{key}": value for key, value in root.get_submodule(path).state_dict().items()}
         write_folder(scratch, settings, tensors, "")
         agreement = verify(root, scratch, names, changes if rank is not None else None, inputs)
         error = max((each.error for each in changes.values() if each.rank), default=0.0)
@@ -116,6 +122,23 @@ def export_peft(
         done = Exported(str(folder), form, settings.get("r"), len(paths), error, agreement, _refusals(settings))
         write_folder(scratch, settings, tensors, card(done, base_name(root), settings))
     return done
+
+
+def _changes(root: nn.Module, state: State, names: list[str], rank: int | None) -> dict[str, LowRankChange]:
+    """The factors of each layer's change. Raises `CheckpointError` at the first whose exact rank is too large."""
+    if rank is not None:
+        return low_rank(root, names[0] if len(names) < len(state.adapters) else None, rank)
+    changes: dict[str, LowRankChange] = {}
+    others = dict.fromkeys((each for each in state.adapters if each not in names), 0.0)
+    with Transaction(root), scale(root, others):
+        for path, layer in adapted_layers(root, state, names).items():
+            changes[path] = change_of(layer, path, most=RANKS[-1])
+            if changes[path].rank > RANKS[-1]:
+                raise CheckpointError(
+                    f"export_peft: the change of {path} has a rank above {RANKS[-1]}, more than servers take; give "
+                    "rank=k for the best part of that rank, or merge (ll.merge)"
+                )
+    return changes
 
 
 def _as_lora(changes: Mapping[str, LowRankChange]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -127,11 +150,7 @@ def _as_lora(changes: Mapping[str, LowRankChange]) -> tuple[dict[str, Any], dict
             "no effect; train them, or set the coefficient with ll.scale(model, 1)"
         )
     if most > RANKS[-1]:
-        worst = max(changes, key=lambda path: changes[path].rank)
-        raise CheckpointError(
-            f"export_peft: the change of {worst} has rank {most}, more than servers take ({RANKS[-1]}); give rank=k "
-            "for the best part of that rank, or merge (ll.merge)"
-        )
+        raise CheckpointError(f"export_peft: rank = {most} is more than servers take ({RANKS[-1]})")
     r = next(each for each in RANKS if each >= most)
     biased = any(each.bias is not None for each in changes.values())
     tensors: dict[str, Tensor] = {}
@@ -183,33 +202,33 @@ def _in_own_type(
     return settings, tensors
 
 
-def _whole_modules(root: nn.Module, names: list[str]) -> dict[str, nn.Module]:
-    """The modules that hold `train_also` weights, by path."""
-    modules: dict[str, nn.Module] = {}
-    for name in names:
-        for key in trained_also(root, name):
-            path = key.rpartition(".")[0]
-            if not path:
-                raise CheckpointError(f"export_peft: {key}, trained as well, lies in no module that peft could save")
-            modules[path] = root.get_submodule(path)
-    return modules
-
-
 def _where(root: nn.Module, paths: list[str], whole: list[str]) -> dict[str, Any]:
-    """peft's settings of where the layers are: by their last names where these name no others."""
+    """peft's settings of where the layers are: by their last names where these name nothing else, else by their paths,
+    else (where a path is the end of another module's) by a regex."""
     last = sorted({path.rpartition(".")[2] for path in paths})
-    named = [path for path, module in root.named_modules() if path.rpartition(".")[2] in last and is_linear(module)]
-    shown = last if sorted(named) == sorted(paths) and not any(each.isdigit() for each in last) else sorted(paths)
+    modules = [path for path, module in root.named_modules() if not isinstance(module, Adapter)]
+    shown: list[str] | str = "|".join(re.escape(path) for path in paths)
+    for names in (last, sorted(paths)):
+        if {path for path in modules if any(_names(name, [path]) for name in names)} == set(paths):
+            shown = names
+            break
     transposed = [is_conv1d(root.get_submodule(path)) for path in paths]
-    kind = next((task for end, task in TASKS.items() if type(root).__name__.endswith(end)), None)
     return {
         "base_model_name_or_path": base_name(root),
         "fan_in_fan_out": all(transposed),
         "inference_mode": True,
         "modules_to_save": whole or None,
         "target_modules": shown,
-        "task_type": kind,
+        "task_type": _task(root, whole),
     }
+
+
+def _task(root: nn.Module, whole: list[str]) -> str | None:
+    """peft's task; None where its wrapper does more than wrap: the one of a classifier also saves its head."""
+    task = next((task for end, task in TASKS.items() if type(root).__name__.endswith(end)), None)
+    if task == "CAUSAL_LM":
+        return task if hasattr(root, "prepare_inputs_for_generation") else None
+    return task if any(path.rpartition(".")[2] in HEADS for path in whole) else None
 
 
 def _names(name: str, paths: list[str]) -> bool:

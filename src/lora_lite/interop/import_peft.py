@@ -76,9 +76,13 @@ def _parts(given: PeftFolder) -> tuple[dict[str, dict[str, Tensor]], dict[str, T
     ends = {key for kind in types_of(given.settings["peft_type"]) for key, _ in kind.tensors.values()}
     layers: dict[str, dict[str, Tensor]] = {}
     values: dict[str, Tensor] = {}
+    seen: set[str] = set()
     for key, value in given.tensors.items():
         key = key.removesuffix(".weight") if key.endswith(OLD_MAGNITUDE) else key
         end = next((end for end in ends if key.endswith(f".{end}")), None)
+        if key in seen:
+            raise CheckpointError(f"holds {key} twice, under two spellings")
+        seen.add(key)
         if end is None:
             values[key] = value
         else:
@@ -159,6 +163,8 @@ def _kind(path: str, layer: nn.Module, tensors: dict[str, Tensor], given: PeftFo
             raise
         except (ValueError, RuntimeError, TypeError, OverflowError) as error:  # the last three: sizes beyond torch's
             raise CheckpointError(f"{path}: {str(error).splitlines()[0]}") from error
+        if kind.peft_type == "LORA" and (kind.method == "dora") != bool(given.settings.get("use_dora")):
+            continue
         trained = dict(adapter.named_parameters())
         own = adapter.state_dict()
         expected = {end: (tuple(layout(own[name]).shape), name) for name, (end, layout) in kind.keys(adapter).items()}
@@ -182,6 +188,14 @@ def _check_values(model: nn.Module, values: Mapping[str, Tensor], targets: Seque
             )
         if key not in parameters:
             raise CheckpointError(f"holds {key}, which the model has not; {_nearest(key, parameters)}")
+        others = [name for name, p in parameters.items() if p is parameters[key] and name != key]
+        saved = given.settings.get("modules_to_save") or []
+        apart = any(key.rpartition(".")[0].endswith(str(each)) for each in saved)
+        if others and apart and not given.settings.get("ensure_weight_tying"):
+            raise CheckpointError(
+                f"holds {key}, which peft trained apart from {others[0]}; the two are one parameter in this model: "
+                "untie them first (tie_word_embeddings = False)"
+            )
         if parameters[key].shape != value.shape:
             raise CheckpointError(
                 f"holds {key} {tuple(value.shape)}; it is {tuple(parameters[key].shape)} in the model"

@@ -15,13 +15,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from lora_lite.errors import CheckpointError
+from lora_lite.errors import CheckpointError, StateError
 from lora_lite.files.atomic import expanded, file_status, write_atomically
 from lora_lite.files.format import Room
 
 SETTINGS, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 PICKLES = ("adapter_model.bin", "adapter_model.pt")
 PREFIX = "base_model.model."
+MARK = "tags: [lora-lite]"  # of a card that we wrote
 MOST_SETTINGS = 4 * 2**20  # bytes of adapter_config.json
 
 
@@ -56,6 +57,8 @@ def read_folder(folder: str | os.PathLike[str], room: Room) -> PeftFolder:
     except SafetensorError as error:
         raise CheckpointError(f"{where / TENSORS}: is no whole safetensors file ({error}); copy it again") from error
     folder_ = PeftFolder(where, settings, {key.removeprefix(PREFIX): value for key, value in tensors.items()})
+    if len(folder_.tensors) < len(tensors):
+        raise folder_.error(f"holds keys with and without {PREFIX!r} that name the same tensor")
     if not tensors:
         raise folder_.error("holds no tensor")
     if odd := [key for key, value in folder_.tensors.items() if not value.is_floating_point()]:
@@ -97,7 +100,8 @@ def _settings(where: Path) -> dict[str, Any]:
 def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary folder, whose files are moved to `folder` if all goes well.
 
-    Raises `CheckpointError` where `folder` holds anything but an earlier export.
+    The settings go last, and former ones first: a folder that is only half replaced does not load. Raises
+    `CheckpointError` where `folder` holds anything but an earlier export.
     """
     where = expanded(folder)
     if where.exists() and not where.is_dir():
@@ -106,18 +110,28 @@ def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
         raise CheckpointError(f"{where} holds other files ({', '.join(others[:3])}); give a new folder")
     for name in (SETTINGS, TENSORS, CARD):
         file_status(where / name)
+    if where.is_dir() and any(where.iterdir()) and MARK not in _beginning(where / CARD):
+        raise CheckpointError(f"{where} holds files that are no earlier export of ours; give a new folder")
     scratch = Path(tempfile.mkdtemp(prefix="lora-lite-"))
     try:
         yield scratch
-        for each in sorted(scratch.iterdir()):
-            write_atomically(where / each.name, each.read_bytes())
+        (where / SETTINGS).unlink(missing_ok=True)
+        for name in (TENSORS, CARD, SETTINGS):
+            write_atomically(where / name, (scratch / name).read_bytes())
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def _beginning(path: Path) -> str:
+    """The first characters of a file; empty where there is none."""
+    return path.read_bytes()[:400].decode("utf-8", "replace") if path.is_file() else ""
+
+
 def write_folder(where: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str) -> None:
-    """Write the files of a folder that is there."""
-    values = {f"{PREFIX}{key}": value.detach().to("cpu").contiguous() for key, value in tensors.items()}
+    """Write the files of a folder that is there. Raises `StateError` for tensors that are not finite."""
+    if bad := [key for key, value in tensors.items() if not torch.isfinite(value).all()]:
+        raise StateError(f"export_peft: {bad[0]} is not finite (of {len(bad)} such tensors); nothing was written")
+    values = {f"{PREFIX}{key}": value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
     (where / SETTINGS).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
     (where / TENSORS).write_bytes(to_bytes(values, {"format": "pt"}))
     (where / CARD).write_text(card, "utf-8")

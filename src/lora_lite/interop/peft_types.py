@@ -70,10 +70,11 @@ class PeftType:
 def at_path(pattern: Mapping[str, Any] | None, path: str, default: Any, field: str) -> Any:
     """The value that a `rank_pattern` or the like has for a layer: of the first name that the path ends in."""
     for name, value in (pattern or {}).items():
-        plain = re.sub(r"\\\.", ".", str(name)).removeprefix("^").removesuffix("$")
-        if not is_plain(plain):
-            raise CheckpointError(f"{field} names layers by the regex {name!r}; only plain names are understood")
-        if path == plain or path.endswith(f".{plain}"):
+        written = str(name).removeprefix("^").removesuffix("$")
+        if not is_plain(written.replace("\\.", ".")):
+            raise CheckpointError(f"{field} names layers by the regex {name[:80]!r}; only plain names are understood")
+        # As peft reads it: a dot stands for any character, and only "^" holds it to the start of the path.
+        if re.fullmatch(written if str(name).startswith("^") else rf"(.*\.)?({written})", path):
             return value
     return default
 
@@ -179,14 +180,19 @@ STARTS = (
 def refuse_unknown(settings: Settings) -> None:
     """Raise `CheckpointError` for a type or a setting whose meaning is not known here, by name."""
     peft_type = settings.get("peft_type")
-    if peft_type not in UNDERSTOOD:
+    if not isinstance(peft_type, str) or peft_type not in UNDERSTOOD:
         raise CheckpointError(
-            f"peft_type {peft_type!r} has no method here; those that have: {', '.join(sorted(UNDERSTOOD))}"
+            f"peft_type {str(peft_type)[:80]!r} has no method here; those that have: {', '.join(sorted(UNDERSTOOD))}"
         )
     start = settings.get("init_lora_weights", True)
-    if start not in STARTS:
+    for name in ("rank_pattern", "alpha_pattern", "lambda_pattern"):
+        if not isinstance(settings.get(name) or {}, dict):
+            raise CheckpointError(
+                f"{name} must map names of layers to numbers, not be a {type(settings[name]).__name__}"
+            )
+    if not isinstance(start, bool | str) or start not in STARTS:
         raise CheckpointError(
-            f"init_lora_weights = {start!r}: the base's weights were changed when this adapter was made, and are not "
+            f"init_lora_weights = {str(start)[:80]!r}: the base's weights were changed when this adapter was made, and are not "
             "in the folder; convert it with peft: model.save_pretrained(folder, "
             "path_initial_model_for_weight_conversion=...)"
         )
@@ -194,7 +200,7 @@ def refuse_unknown(settings: Settings) -> None:
     neutral = (None, False, "none", 0, {}, [])
     if strange := [name for name, value in settings.items() if name not in known and value not in neutral]:
         raise CheckpointError(
-            f"{strange[0]} = {settings[strange[0]]!r} of a {peft_type} is not understood here, and it may change what "
+            f"{strange[0][:80]} = {repr(settings[strange[0]])[:80]} of a {peft_type} is not understood here, and it may change what "
             "the adapter computes"
         )
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_lite.calibration.statistics import generator
-from lora_lite.errors import NotAffineError
+from lora_lite.errors import NotAffineError, StateError
 from lora_lite.layers.linear import shape
 from lora_lite.merging.fold import adapted_layers, relative
 from lora_lite.merging.plain_weights import AFFINE_TOLERANCE, refuse_not_affine, twin
@@ -71,7 +71,7 @@ def low_rank(model: nn.Module, name: str | None = None, rank: int | None = None)
 
     Raises:
         NotAffineError: a stack whose change is not affine in the layer's input.
-        StateError: nothing attached, merged, or a coefficient with one value per row.
+        StateError: nothing attached, merged, a coefficient with one value per row, or values that are not finite.
         TargetError: a weight that cannot be read: sharded, offloaded, or of a kind that cannot be dequantised.
         ValueError: a rank below 1.
     """
@@ -88,16 +88,20 @@ def low_rank(model: nn.Module, name: str | None = None, rank: int | None = None)
     return changes
 
 
-def change_of(layer: nn.Module, path: str, rank: int | None = None) -> LowRankChange:
-    """The factors of one adapted layer's change; rank, error and what raises as in `low_rank`."""
+def change_of(layer: nn.Module, path: str, rank: int | None = None, most: int | None = None) -> LowRankChange:
+    """The factors of one adapted layer's change; rank, error and what raises as in `low_rank`.
+
+    most: a rank above which no exact factors are wanted: those of a higher rank are then not whole (see `error`).
+    """
     refuse_not_affine(layer, path)
     with torch.inference_mode(False), torch.device("cpu"):
         change = _Change(layer, path)
-        Q = change.range() if rank is None else change.leading(min(rank, *shape(layer)))
+        Q = change.range(most) if rank is None else change.leading(min(rank, *shape(layer)))
         A = change.rows(Q)
-        if rank is not None and rank < Q.shape[1]:
+        if rank is not None:
             U, S, Vh = torch.linalg.svd(A, full_matrices=False)
-            Q, A = Q @ U[:, :rank], S[:rank, None] * Vh[:rank]
+            r = min(rank, change.above_noise(S))
+            Q, A = Q @ U[:, :r], S[:r, None] * Vh[:r]
         moves_bias = bool(change.offset.any())
         return LowRankChange(Q, A, change.offset if moves_bias else None, change.error(Q, A))
 
@@ -110,8 +114,14 @@ class _Change:
         self.offset = torch.zeros(self.o, dtype=torch.float64)
         self.offset = self.columns(torch.zeros(1, self.i, dtype=torch.float64))[:, 0]
         both = self._random(8)
+        with torch.no_grad():
+            exact = self.f(both)
+        if not torch.isfinite(exact).all():
+            raise StateError(
+                f"{path}: its outputs are not finite; look at the adapter's tensors and the layer's weight"
+            )
         error = self.columns(both[:4]) + self.columns(both[4:]) - self.columns(both[:4] + both[4:])
-        if error.norm() > AFFINE_TOLERANCE * self.f(both).norm():
+        if not error.norm() <= AFFINE_TOLERANCE * exact.norm():
             raise NotAffineError(
                 f"{path}: the change of its stack is not affine (measured on random inputs), so it has no factors"
             )
@@ -131,16 +141,24 @@ class _Change:
         (pulled,) = torch.autograd.grad(self.f(X), X, Q.T)
         return pulled - Q.T @ self.f.weight.detach()
 
-    def range(self) -> Tensor:
-        """An orthonormal basis (o, r) of dW's columns."""
-        most, size = min(self.i, self.o), float(self.f.weight.detach().norm())
-        Y = self.columns(self._random(min(ROWS, most)))
+    @torch.no_grad()
+    def above_noise(self, S: Tensor) -> int:
+        """How many singular values are larger than what rounding makes of W, of b and of the change of b."""
+        bias = self.offset if self.f.bias is None else self.offset.abs() + self.f.bias.abs()
+        size = float(self.f.weight.norm() + bias.norm())
+        return int((NOISE * (size + float(S[0])) < S).sum()) if len(S) else 0
+
+    def range(self, most: int | None = None) -> Tensor:
+        """An orthonormal basis (o, r) of dW's columns; of more than `most` of them, but not all, where r is larger."""
+        whole = min(self.i, self.o)
+        enough = whole if most is None else min(whole, most + 1)
+        Y = self.columns(self._random(min(ROWS, whole)))
         while True:
             Q, S, _ = torch.linalg.svd(Y, full_matrices=False)
-            r = int((NOISE * (size + float(S[0])) < S).sum())
-            if r < Y.shape[1] or Y.shape[1] == most:
+            r = self.above_noise(S)
+            if r < Y.shape[1] or Y.shape[1] >= enough:
                 return Q[:, :r]
-            Y = torch.cat([Y, self.columns(self._random(min(Y.shape[1], most - Y.shape[1])))], dim=1)
+            Y = torch.cat([Y, self.columns(self._random(min(Y.shape[1], whole - Y.shape[1])))], dim=1)
 
     def leading(self, rank: int) -> Tensor:
         """An orthonormal basis (o, some more than rank) that holds dW's leading left singular vectors."""
