@@ -192,16 +192,16 @@ def refuse_unknown(settings: Settings) -> None:
             )
     if not isinstance(start, bool | str) or start not in STARTS:
         raise CheckpointError(
-            f"init_lora_weights = {str(start)[:80]!r}: the base's weights were changed when this adapter was made, and are not "
-            "in the folder; convert it with peft: model.save_pretrained(folder, "
+            f"init_lora_weights = {str(start)[:80]!r}: the base's weights were changed when this adapter was made, and "
+            "are not in the folder; convert it with peft: model.save_pretrained(folder, "
             "path_initial_model_for_weight_conversion=...)"
         )
     known = HARMLESS | set(UNDERSTOOD[peft_type].split())
     neutral = (None, False, "none", 0, {}, [])
     if strange := [name for name, value in settings.items() if name not in known and value not in neutral]:
         raise CheckpointError(
-            f"{strange[0][:80]} = {repr(settings[strange[0]])[:80]} of a {peft_type} is not understood here, and it may change what "
-            "the adapter computes"
+            f"{strange[0][:80]} = {repr(settings[strange[0]])[:80]} of a {peft_type} is not understood here, and it may "
+            "change what the adapter computes"
         )
 
 

@@ -33,8 +33,8 @@ def refuse_unsayable(model: nn.Module, root: nn.Module, state: State, names: lis
         ]
         if changed:
             raise StateError(
-                f"export_peft: adapter {other!r} trained {changed[0]} as well (train_also), so {names[0]!r} alone is not "
-                "what this model computes; detach the other, or export all (name=None)"
+                f"export_peft: adapter {other!r} trained {changed[0]} as well (train_also), so {names[0]!r} alone is "
+                "not what this model computes; detach the other, or export all (name=None)"
             )
     layers = adapted_layers(root, state, names)
     known: dict[int, list[str]] = {}

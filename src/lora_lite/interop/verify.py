@@ -131,7 +131,7 @@ def _loaded(bare: nn.Module, folder: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return PeftModel.from_pretrained(bare, str(folder)).eval()  # type: ignore[arg-type]
+            return PeftModel.from_pretrained(bare, str(folder)).eval()
     except (ValueError, RuntimeError, TypeError, AttributeError, KeyError, OSError) as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise StateError(f"export_peft: peft cannot load such a folder here ({reason}); merge instead") from error
