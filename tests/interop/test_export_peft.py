@@ -210,7 +210,7 @@ def test_a_full_rank_beyond_what_servers_take_is_refused(tmp_path: Path) -> None
     perturb(att.targets.values())
     with (
         ll.scale(wide, 0.5),
-        pytest.raises(ll.CheckpointError, match="a rank above 256.*give rank=k"),
+        pytest.raises(ll.CheckpointError, match=r"a rank above 256.*give rank=k"),
     ):
         ll.export_peft(wide, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

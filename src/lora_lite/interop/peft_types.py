@@ -182,7 +182,7 @@ def refuse_unknown(settings: Settings) -> None:
     peft_type = settings.get("peft_type")
     if not isinstance(peft_type, str) or peft_type not in UNDERSTOOD:
         raise CheckpointError(
-            f"peft_type {str(peft_type)[:80]!r} has no method here; those that have: {', '.join(sorted(UNDERSTOOD))}"
+            f"peft_type {repr(peft_type)[:80]} has no method here; those that have: {', '.join(sorted(UNDERSTOOD))}"
         )
     start = settings.get("init_lora_weights", True)
     for name in ("rank_pattern", "alpha_pattern", "lambda_pattern"):
@@ -200,7 +200,7 @@ def refuse_unknown(settings: Settings) -> None:
     neutral = (None, False, "none", 0, {}, [])
     if strange := [name for name, value in settings.items() if name not in known and value not in neutral]:
         raise CheckpointError(
-            f"{strange[0][:80]} = {repr(settings[strange[0]])[:80]} of a {peft_type} is not understood here, and it may "
+            f"{strange[0][:80]} = {repr(settings[strange[0]])[:80]} of a {peft_type} is not understood here, and may "
             "change what the adapter computes"
         )
 
