@@ -69,16 +69,15 @@ def combine(arguments: Sequence[str], shared: Shared) -> int:
         raise RunError("combine: no adapter was given; add them after OUT, as FILE=WEIGHT")
     _refuse_other_bases([trained for trained, _ in found])
     device = pick_device(asked.device)
-    weights: dict[str, float] = {}
-    for number, (trained, weight) in enumerate(found, 1):
-        name = f"source{number}"
-        terminal.remark(f"{weight:g} x {trained}")
-        if number == 1:
-            dtype = pick_dtype(asked.dtype, device)
-            model, _ = open_model(trained, dtype, device, asked.quantization, asked.trust_remote_code, name)
-        else:
-            put_on(model, trained, name)
-        weights[name] = weight
+    dtype = pick_dtype(asked.dtype, device)
+    weights = {f"source{number}": weight for number, (_, weight) in enumerate(found, 1)}
+    sources = dict(zip(weights, (trained for trained, _ in found), strict=True))
+    for name, trained in sources.items():
+        terminal.remark(f"{weights[name]:g} x {trained}")
+    first, *others = sources
+    model, _ = open_model(sources[first], dtype, device, asked.quantization, asked.trust_remote_code, first)
+    for name in others:
+        put_on(model, sources[name], name)
     made = ll.combine(model, weights, asked.method, asked.rank, asked.density, asked.seed)
     out = ll.save(model, expanded(asked.out), made.name)
     terminal.remark(made)
