@@ -174,7 +174,8 @@ def peft_forms() -> str:
         kind = type_of_method(name)
         own = f"{kind.peft_type}, peft's own type; `rank=k`: the best part" if kind and kind.full_rank else None
         written = own or "LoRA, exact" if cls.facts.affine else "refused: no matrix equals it"
-        lines.append(f"| `{name}` | {written} | {f"peft's {kind.peft_type}" if kind else '-'} |")
+        read = f"peft's {kind.peft_type}" if kind else "-"
+        lines.append(f"| `{name}` | {written} | {read} |")
     return "\n".join(lines)
 
 
