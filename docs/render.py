@@ -18,6 +18,7 @@ import torch
 
 import lora_lite as ll
 from lora_lite.cli import facts
+from lora_lite.interop.peft_types import type_of_method
 from lora_lite.lab.findings.analysis import analyse
 from lora_lite.lab.report import columns, sentences, tables
 
@@ -25,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "lora_lite"
 PAGES = [
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("s-space", "lab", "methods", "architecture", "api")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("s-space", "lab", "methods", "architecture", "api", "interop")),
 ]
 LINE = 88  # characters of a line in the tree, without its name
 DOC_GROUPS = (columns.RESULT, columns.STANDING, columns.TRAINING, columns.TIME, columns.FORGETTING)
@@ -164,6 +165,18 @@ def levels() -> str:
 def api_configs() -> str:
     """The settings of every method, for the reference."""
     return "\n".join(f"::: {cls.Config.__module__}.{cls.Config.__name__}" for cls in ll.methods().values())
+
+
+def peft_forms() -> str:
+    """As what each method goes to peft and comes from it."""
+    lines = ["| method | `export_peft` writes | `import_peft` makes it of |", "|---|---|---|"]
+    for name, cls in ll.methods().items():
+        kind = type_of_method(name)
+        own = f"{kind.peft_type}, peft's own type; `rank=k`: the best part" if kind and kind.full_rank else None
+        written = own or "LoRA, exact" if cls.facts.affine else "refused: no matrix equals it"
+        read = f"peft's {kind.peft_type}" if kind else "-"
+        lines.append(f"| `{name}` | {written} | {read} |")
+    return "\n".join(lines)
 
 
 def words() -> str:
@@ -332,7 +345,7 @@ PARTS = {
     part.__name__: part
     for part in (
         methods, methods_short, lora_class, tree, tree_short, levels, api_configs, words, demo, spectra, gains,
-        sspace_costs, steering, verdicts, study_methods, study_gsm8k,
+        sspace_costs, steering, verdicts, study_methods, study_gsm8k, peft_forms,
     )
 }  # fmt: skip
 
