@@ -20,7 +20,8 @@ def test_the_librarys_studies_can_be_read_and_say_what_they_ask(name: str, smoke
     if smoke:
         whole = load_study(name)
         assert study.name == f"{name}-smoke" and study.training.steps < whole.training.steps
-        assert study.task == whole.task and study.training.final_lr == whole.training.final_lr
+        assert study.task.split(":")[0] == whole.task.split(":")[0]  # a smaller version may take easier items
+        assert study.training.final_lr == whole.training.final_lr
 
 
 def test_every_arm_gets_as_many_rates_spaced_alike() -> None:
