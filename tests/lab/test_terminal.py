@@ -19,7 +19,7 @@ HOSTILE = "\x1b[31mred\x1b]0;title\x07 \x9b2J \u202egnp.exe [/] [bold] :smile: \
 def named(name: str) -> object:
     findings = page_studies.whole({key: page_studies.ARMS[key] for key in ("lora", "dora")})
     arms = tuple(dataclasses.replace(arm, arm=name if arm.arm == "dora" else arm.arm) for arm in findings.arms)
-    return dataclasses.replace(findings, arms=arms, task="mine[/].jsonl:drop=x")
+    return dataclasses.replace(findings, arms=arms, task="mine[x].jsonl:drop=x")
 
 
 @pytest.mark.parametrize("name", ["lora[r=4]", "a[/]", "[bold]x", ":smile:", HOSTILE])
@@ -27,7 +27,7 @@ def test_names_in_a_terminals_table_are_shown_as_they_are(name: str) -> None:
     console = Console(width=400, file=io.StringIO())  # rich's markup is on
     console.print(tables.terminal(named(name), 400))  # type: ignore[arg-type]
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert one_line(name) in text and "mine[/].jsonl" in text
+    assert one_line(name) in text and "mine[x].jsonl" in text
     assert not any(letter in text for letter in "\x1b\x07\x9b\u202e\ud800")
 
 
