@@ -18,6 +18,7 @@ from torch import Tensor
 from lora_lite.errors import CheckpointError, StateError
 from lora_lite.files.atomic import expanded, file_status, write_atomically
 from lora_lite.files.format import Room
+from lora_lite.interop.safetensors_folder import read_json
 
 SETTINGS, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 PICKLES = ("adapter_model.bin", "adapter_model.pt")
@@ -87,13 +88,7 @@ def _settings(where: Path) -> dict[str, Any]:
     path = where / SETTINGS
     if path.stat().st_size > MOST_SETTINGS:
         raise CheckpointError(f"{path}: has {path.stat().st_size:,} bytes, more than the settings of an adapter need")
-    try:
-        settings = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is no JSON ({error}); copy the folder again") from error
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{path}: must hold an object, not a {type(settings).__name__}")
-    return settings
+    return read_json(path, "copy the folder again")
 
 
 @contextmanager

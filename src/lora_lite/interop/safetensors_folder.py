@@ -141,12 +141,12 @@ def _header(where: Path, name: str) -> dict[str, Stored]:
     }
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that must hold an object. Raises `CheckpointError`."""
+def read_json(path: Path, remedy: str = "fetch the model again") -> dict[str, Any]:
+    """A JSON file that must hold an object. Raises `CheckpointError`, with the remedy for a damaged one."""
     try:
         read = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is no JSON ({error}); fetch the model again") from error
+        raise CheckpointError(f"{path}: is no JSON ({error}); {remedy}") from error
     if not isinstance(read, dict):
         raise CheckpointError(f"{path}: must hold an object, not a {type(read).__name__}")
     return read
